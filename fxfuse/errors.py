@@ -1,0 +1,56 @@
+"""Every error that fxfuse raises on purpose. Each message says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxfuseError(Exception):
+    """Base of all errors of this library: ``except FxfuseError`` catches what is the input's fault."""
+
+
+class PlanError(FxfuseError):
+    """A plan that is malformed, or that cannot be applied to this graph; the message names the entry at fault."""
+
+
+class OptionError(FxfuseError):
+    """An unknown backend option, or a value that it cannot take."""
+
+
+class CaptureError(FxfuseError):
+    """The model could not be traced, or nothing was traced."""
+
+
+class RecordError(FxfuseError):
+    """Nothing could be recorded or evaluated, or what a model computed is no number; or a recording does not fit."""
+
+
+class NotFiniteError(RecordError):
+    """What a model computed is NaN or infinite."""
+
+
+class VerifyError(FxfuseError):
+    """A rewrite that should be exact is not, on the example inputs: a mistake of this library's."""
+
+
+class PruneError(FxfuseError):
+    """A dropped branch cannot leave the model."""
+
+
+class LoadError(FxfuseError):
+    """A model could not be loaded from what was given."""
+
+
+class KernelError(FxfuseError):
+    """A kernel was asked for what it cannot compute: shapes that do not fit, a dtype or a GPU it does not know."""
+
+
+class MissingDependencyError(FxfuseError):
+    """An optional package is needed; the message names the command that installs it."""
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """The names most like ``name``, as the end of an error message; empty if nothing is alike."""
+    alike = difflib.get_close_matches(name, sorted(set(known)), n=limit, cutoff=0.5)
+    return f"; nearest: {', '.join(alike)}" if alike else ""

@@ -1,0 +1,119 @@
+"""What a graph holds in which no residual stream was found: what was seen instead, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxfuse.graph.normed import with_weight
+from fxfuse.graph.ops import Op, op
+from fxfuse.graph.projection import mixes
+from fxfuse.graph.scale import scaling
+from fxfuse.graph.sums import find_chains, is_sum
+from fxfuse.graph.values import parameters, weight_only
+
+REPORT = "if this model is a transformer, please report it with what `fxfuse explain MODEL --trace FOLDER` writes"
+
+
+@dataclass(frozen=True)
+class Census:
+    """What stands in a graph.
+
+    Attributes:
+        nodes: how many.
+        products: matrix products and attentions, by the name of their op.
+        adds: adds of two values of one shape that depend on the input.
+        sums: those among them of which one operand descends from the other: residual sums.
+        scaled: those of which one operand descends from what the other is a multiple of: ``c * h + f(h)``.
+        unknown: calls that the vocabulary has no name for, the most frequent first.
+    """
+
+    nodes: int
+    products: dict[str, int]
+    adds: int
+    sums: int
+    scaled: int
+    unknown: dict[str, int]
+
+    @property
+    def counts(self) -> str:
+        """How much there is of each."""
+        products = ", ".join(f"{count} {name}" for name, count in self.products.items()) or "no matrix product"
+        return f"{self.nodes:,} nodes: {products}; {self.adds} adds of two values of one shape, {self.sums} residual"
+
+    def __str__(self) -> str:
+        unknown = ", ".join(f"{count} {name}" for name, count in list(self.unknown.items())[:5])
+        return f"{self.counts}; {self.why}" + (f"; ops without a name here: {unknown}" if unknown else "")
+
+    @property
+    def why(self) -> str:
+        """Why these are no stream with branches."""
+        if not self.products:
+            return "nothing mixes features, so nothing could be a branch"
+        if not self.adds:
+            return "nothing is added to a value of its own shape"
+        if self.scaled > self.sums:
+            return (
+                f"{self.scaled} sums multiply the stream itself, as in c * h + f(h): such a sum is no h + f(h), so "
+                "nothing can be dropped from it or moved along it"
+            )
+        if not self.sums:
+            return "no sum has an operand that the other one is computed from"
+        return "no matrix product stands between a residual sum and what it adds to"
+
+
+def census(gm: fx.GraphModule) -> Census:
+    """Count what ``gm`` holds. Changes nothing and adds no guards."""
+    constant = weight_only(gm, parameters(gm))
+    products: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    for node in gm.graph.nodes:
+        found = op(node)
+        if found is not None and mixes(node):
+            products[found.name] += 1
+        elif found is None and node.op in ("call_function", "call_method", "call_module") and node not in constant:
+            unknown[str(getattr(node.target, "__name__", node.target))] += 1
+    adds = [node for node in gm.graph.nodes if node.op != "placeholder" and is_sum(node, constant)]
+    sums = {each.out for chain in find_chains(gm, constant) for each in chain}
+    scaled = sum(_scales_its_stream(node, constant) for node in adds if node not in sums)
+    return Census(
+        len(gm.graph.nodes), dict(products.most_common()), len(adds), len(sums), scaled, dict(unknown.most_common())
+    )
+
+
+def _scales_its_stream(add: fx.Node, constant: Container[fx.Node]) -> bool:
+    """Whether ``add`` is ``c * h + f(h)`` with c a number or a weight, and a matrix product in f."""
+    found = op(add)
+    pair = [found.node("input"), found.node("other")] if found is not None else []
+    for one, other in (pair, pair[::-1]):
+        product = op(one) if one is not None else None
+        stream = _multiplied(product, constant) if product is not None else None
+        if stream is not None and other is not None and _comes_through_a_product(other, stream):
+            return True
+    return False
+
+
+def _multiplied(found: Op, constant: Container[fx.Node]) -> fx.Node | None:
+    """``x``, if the op is x times a number or a weight."""
+    factor = scaling(found)
+    if factor is not None:
+        return factor[0]
+    pair = with_weight(found, constant) if found.name == "mul" else None
+    return None if pair is None else pair[0]
+
+
+def _comes_through_a_product(node: fx.Node, source: fx.Node) -> bool:
+    """Whether ``node`` descends from ``source``, with a matrix product between or before."""
+    seen, stack, product = {node}, [node], False
+    while stack:
+        node = stack.pop()
+        if node is source:
+            return product
+        product = product or mixes(node)
+        new = [each for each in node.all_input_nodes if each not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return False

@@ -1,0 +1,209 @@
+"""The residual streams of a traced graph.
+
+Chains of residual sums (:mod:`fxfuse.graph.sums`) are streams; the terms of their sums are branches. Nothing here knows
+a model: only adds, shapes and who depends on whom. The cost is linear in the graph: each branch's body is walked once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxfuse.errors import PlanError, nearest
+from fxfuse.graph.branch import KEPT, STAMP, Branch, Term, base_name, kind_of, name_branches, parameters_of
+from fxfuse.graph.ffn import Recogniser, mixes
+from fxfuse.graph.sums import Sum, find_chains, link, unlinked
+from fxfuse.graph.values import parameters, weight_only
+
+
+@dataclass(eq=False)
+class ResidualStream:
+    """A chain of residual sums: each sum's stream is the out of the sum before it.
+
+    ``levels`` gives every node that is a point of the stream the number of sums before it: the points proper, and the
+    casts and views through which a sum or a branch takes them.
+    """
+
+    sums: tuple[Sum, ...]
+    levels: Mapping[fx.Node, int]
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return tuple(branch for each in self.sums for branch in each.branches)
+
+    @property
+    def points(self) -> tuple[fx.Node, ...]:
+        """The stream before the first sum and after each: ``points[k]`` has level k and is no cast of another point."""
+        return (self.sums[0].stream.node, *(each.out for each in self.sums))
+
+    def __getitem__(self, name: str) -> Branch:
+        for branch in self.branches:
+            if branch.name == name:
+                return branch
+        raise PlanError(f"no branch {name!r} in this stream{nearest(name, (b.name for b in self.branches))}")
+
+
+def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None) -> tuple[ResidualStream, ...]:
+    """All residual streams of ``gm``, longest first. Changes nothing and adds no guards.
+
+    Args:
+        gm: a graph of Dynamo or torch.export.
+        names: dotted parameter names by node, where the caller knows them better than the graph.
+    """
+    weights = parameters(gm, names)
+    constant = weight_only(gm, weights)
+    streams = [_Finder(gm, weights, constant, chain).stream() for chain in find_chains(gm, constant)]
+    # A sum like x + c * x**3, as in a gelu written out, has the form of a residual add and is none.
+    streams = [s for s in streams if any(mixes(node) for branch in s.branches for node in branch.body)]
+    streams.sort(key=lambda stream: -len(stream.sums))
+    kept: list[ResidualStream] = []
+    inside: set[fx.Node] = set()
+    inner = _inner(streams)
+    for stream in streams:
+        if stream in inner or stream.sums[0].out in inside:
+            continue  # a residual inside a branch is that branch's own affair
+        kept.append(stream)
+        for branch in stream.branches:
+            inside |= branch.nodes
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    name_branches([b for s in sorted(kept, key=lambda s: order[s.sums[0].out]) for b in s.branches])
+    return tuple(kept)
+
+
+def _inner(streams: list[ResidualStream]) -> set[ResidualStream]:
+    """The streams that run inside a branch of another, however long they are; of two that feed each other, neither."""
+    heads = {stream.sums[0].out: stream for stream in streams}
+    holds = {
+        stream: {heads[node] for branch in stream.branches for node in branch.nodes if node in heads}
+        for stream in streams
+    }
+    return {held for stream in streams for held in holds[stream] if stream not in holds[held]}
+
+
+class _Finder:
+    """Finds the branches of one chain of sums."""
+
+    def __init__(
+        self, gm: fx.GraphModule, weights: Mapping[fx.Node, str], constant: set[fx.Node], sums: tuple[Sum, ...]
+    ) -> None:
+        self._weights, self._constant, self._sums = weights, constant, sums
+        self._recogniser = Recogniser(constant)
+        self._level: dict[fx.Node, int] = {}
+        for index, each in enumerate(sums):
+            node: fx.Node | None = each.stream.node
+            while node is not None and node not in self._level:
+                self._level[node] = index
+                node = link(node) if index else None
+        self._level[sums[-1].out] = len(sums)
+        self._order: dict[fx.Node, int] = {}
+        self._reads: dict[fx.Node, int] = {}
+        for position, node in enumerate(gm.graph.nodes):
+            self._order[node] = position
+            mask = 0
+            for source in node.all_input_nodes:
+                level = self._level.get(source)
+                mask |= self._reads.get(source, 0) if level is None else 1 << level
+            self._reads[node] = mask
+
+    def stream(self) -> ResidualStream:
+        for each in self._sums:
+            each.branches = self._branches(each)
+        return ResidualStream(self._sums, self._level)
+
+    def _branches(self, each: Sum) -> tuple[Branch, ...]:
+        terms = {term.node for term in each.terms}
+        groups: list[tuple[list[Term], dict[fx.Node, None], set[fx.Node]]] = []
+        for term in each.terms:
+            if not self._reads[term.node] or term.node in self._constant or unlinked(term.node) in self._level:
+                continue
+            body, foreign = self._body(term.node, terms)
+            joined = ([term], body, foreign)
+            for other in [g for g in groups if _belong_together(g, joined)]:
+                groups.remove(other)
+                joined = (other[0] + joined[0], other[1] | joined[1], other[2] | joined[2])
+            groups.append(joined)
+        return tuple(self._branch(*group) for group in groups)
+
+    def _body(self, contribution: fx.Node, terms: set[fx.Node]) -> tuple[dict[fx.Node, None], set[fx.Node]]:
+        """The nodes that depend on the last stream point that ``contribution`` reads, and what else they take."""
+        last = 1 << (self._reads[contribution].bit_length() - 1)
+        body: dict[fx.Node, None] = {}
+        foreign: set[fx.Node] = set()
+        stack = [contribution]
+        while stack:
+            node = stack.pop()
+            if node in body:
+                continue
+            body[node] = None
+            for source in node.all_input_nodes:
+                level = self._level.get(source)
+                if level is not None:
+                    if 1 << level != last:
+                        foreign.add(source)
+                elif source in terms or KEPT in source.meta:
+                    foreign.add(source)
+                elif self._reads[source] & last:
+                    stack.append(source)
+                elif self._reads[source]:
+                    foreign.add(source)
+        return body, foreign
+
+    def _branch(self, terms: list[Term], body: dict[fx.Node, None], foreign: set[fx.Node]) -> Branch:
+        nodes = tuple(sorted(body, key=self._order.__getitem__))
+        level = max(self._reads[term.node].bit_length() for term in terms) - 1
+        points = [p for p in self._level if self._level[p] == level] if level == 0 else []
+        read = points[0] if points else self._read_point(nodes, level)
+        outside = foreign - {term.node for term in terms}
+        ffn, gate_up = None, None
+        if len(terms) > 1:
+            reason = "it adds several values to the stream (an adapter, or parts that share a projection)"
+        else:
+            found = self._recogniser.ffn(terms[0].node, body.__contains__)
+            ffn, reason = (None, found) if isinstance(found, str) else (found, "")
+            gate_up = ffn.gate_up if ffn else self._recogniser.gate_up(terms[0].node, body.__contains__)
+        if gate_up is not None and any(mixes(node) for node in self._before(gate_up.normed.output, body)):
+            ffn, gate_up, reason = None, None, reason or "its input is not the stream but what another layer made of it"
+        kind = kind_of(nodes, ffn, gate_up)
+        if kind in ("attention", "moe"):
+            gate_up, reason = None, {"attention": "attention", "moe": "routed experts"}[kind]
+        return Branch(
+            name="" if STAMP in terms[0].node.meta else base_name(nodes, self._weights, self._constant),
+            kind=kind,
+            read=read,
+            terms=tuple(terms),
+            body=nodes,
+            parameters=parameters_of(nodes, self._weights, self._constant),
+            foreign=tuple(sorted(outside, key=self._order.__getitem__)),
+            ffn=ffn,
+            gate_up=gate_up,
+            reason=reason,
+            nodes=frozenset(body),
+        )
+
+    def _read_point(self, nodes: tuple[fx.Node, ...], level: int) -> fx.Node:
+        read = [s for node in nodes for s in node.all_input_nodes if self._level.get(s) == level]
+        return max(read, key=self._order.__getitem__)
+
+    def _before(self, node: fx.Node, body: dict[fx.Node, None]) -> list[fx.Node]:
+        found: dict[fx.Node, None] = {}
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node in body and node not in found:
+                found[node] = None
+                stack.extend(node.all_input_nodes)
+        return list(found)
+
+
+_Group = tuple[list[Term], dict[fx.Node, None], set[fx.Node]]
+
+
+def _belong_together(one: _Group, other: _Group) -> bool:
+    """Whether two terms of a sum are one branch: one feeds the other, they share a projection, or one has none."""
+    if any(term.node in other[2] for term in one[0]) or any(term.node in one[2] for term in other[0]):
+        return True
+    if not any(map(mixes, one[1])) or not any(map(mixes, other[1])):
+        return True
+    return any(mixes(node) for node in one[1] if node in other[1])

@@ -1,0 +1,211 @@
+"""Residual sums: adds of which one term, the stream, is an ancestor of the others; and the chains that they form.
+
+The cost is linear in the graph: ancestry among the operands of adds is kept as bit sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxfuse.graph.branch import STAMP, Branch, Term
+from fxfuse.graph.ops import drops_randomly, mutated_arguments, op
+from fxfuse.graph.rows import viewed
+from fxfuse.graph.scale import ONE, Scale, as_scale, scaling
+from fxfuse.graph.values import is_floating, same_shape, widens
+
+
+@dataclass(eq=False)
+class Sum:
+    """One residual sum, nested adds flattened: ``out = stream + branches + extras``.
+
+    ``extras`` are values that do not depend on the stream, and earlier points of it. ``write`` is one of the adds that
+    writes in place, if one does: such a sum cannot be written anew.
+    """
+
+    stream: Term
+    out: fx.Node
+    terms: tuple[Term, ...]
+    branches: tuple[Branch, ...] = ()
+    write: fx.Node | None = None
+
+    @property
+    def extras(self) -> tuple[Term, ...]:
+        held = {term for branch in self.branches for term in branch.terms}
+        return tuple(term for term in self.terms if term not in held)
+
+
+def find_chains(gm: fx.GraphModule, constant: set[fx.Node]) -> list[tuple[Sum, ...]]:
+    """The residual sums of ``gm`` as chains: each sum's stream is the out of the one before it.
+
+    ``constant`` are the nodes that depend on weights alone.
+    """
+    return _chains(_residual_sums(gm, constant))
+
+
+def is_sum(node: fx.Node, constant: set[fx.Node]) -> bool:
+    found = op(node)
+    if found is None or found.name not in ("add", "sub") or as_scale(found.args.get("alpha", 1)) is None:
+        return False
+    one, other = found.node("input"), found.node("other")
+    if one is None or other is None or node in constant or not is_floating(node):
+        return False
+    return same_shape(one, other) and same_shape(one, node)
+
+
+def _flatten(node: fx.Node, constant: set[fx.Node], scale: Scale = ONE) -> list[Term]:
+    """The terms of a sum; inner sums, also multiples of one, are opened as far as :func:`_opens` allows."""
+    terms: list[Term] = []
+    found = op(node)
+    assert found is not None
+    alpha = as_scale(found.args.get("alpha", 1))
+    assert alpha is not None
+    for operand, factor in (
+        (found.node("input"), ONE),
+        (found.node("other"), alpha if found.name == "add" else -alpha),
+    ):
+        assert operand is not None
+        inner, multiple = _alone(operand, factor)
+        if found.node("input") is not found.node("other") and _opens(inner, constant):
+            terms.extend(_flatten(inner, constant, scale * multiple))
+        else:
+            terms.append(Term(operand, scale * factor))
+    return terms
+
+
+def _opens(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether an inner sum is a part of the outer one: nothing else reads it, and no pass wrote it as one branch."""
+    return len(node.users) == 1 and STAMP not in node.meta and is_sum(node, constant)
+
+
+def _alone(node: fx.Node, scale: Scale) -> tuple[fx.Node, Scale]:
+    """``node`` without the numbers it is multiplied with, idle dropout and widening casts that nothing else reads.
+
+    Adding the terms of ``(a + b).to(float32)`` to a float32 stream one by one casts each of them, by promotion.
+    """
+    while len(node.users) == 1 and (found := op(node)) is not None:
+        factor = scaling(found)
+        if factor is not None:
+            node, scale = factor[0], scale * factor[1]
+            continue
+        source = found.node("input")
+        idle = found.name == "dropout" and not drops_randomly(found) and not found.inplace
+        if source is None or not (idle or (found.name == "cast" and widens(source, node))):
+            break
+        node = source
+    return node, scale
+
+
+def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
+    adds = [node for node in gm.graph.nodes if node.op != "placeholder" and is_sum(node, constant)]
+    flattened: dict[fx.Node, list[Term]] = {}
+    opened: set[fx.Node] = set()
+    writes: dict[fx.Node, fx.Node | None] = {}
+    for root in reversed(adds):  # an outer sum comes after those that it opens
+        if root not in opened:
+            flattened[root] = _flatten(root, constant)
+            between = _inside(root, flattened[root])
+            opened |= between
+            writes[root] = next((node for node in (root, *between) if mutated_arguments(node)), None)
+    flattened = dict(reversed(flattened.items()))
+    bit: dict[fx.Node, int] = {}
+    for terms in flattened.values():
+        for term in terms:
+            bit.setdefault(term.node, 1 << len(bit))
+    order: dict[fx.Node, int] = {}
+    ancestors: dict[fx.Node, int] = {}
+    for index, node in enumerate(gm.graph.nodes):
+        order[node] = index
+        mask = 0
+        for source in node.all_input_nodes:
+            mask |= ancestors[source] | bit.get(source, 0)
+        ancestors[node] = mask
+    sums: list[Sum] = []
+    passed: dict[fx.Node, int] = {}  # out of a sum -> bits of all points of its chain so far
+    added: dict[fx.Node, int] = {}  # out of a sum -> bits of those and of all that was added to them
+    for root, terms in flattened.items():
+        data = sorted((t for t in terms if t.node not in constant), key=lambda t: order[t.node])
+        stream = next((t for t in data if _feeds(bit[t.node], t, terms, ancestors)), None)
+        if stream is not None:
+            # The others may descend from a value that was added to the stream before, or from an earlier point of it.
+            start = bit[stream.node]
+            stream = next((t for t in reversed(data) if start & added.get(unlinked(t.node), 0)), stream)
+        else:
+            # Ladder residuals (arXiv 2501.06589): the branch reads an earlier point of the stream it is added to.
+            stream = next((t for t in data if _feeds(passed.get(unlinked(t.node), 0), t, terms, ancestors)), None)
+        if stream is None or not stream.scale.is_one or [t.node for t in terms].count(stream.node) > 1:
+            continue
+        sums.append(Sum(stream, root, tuple(t for t in terms if t is not stream), write=writes[root]))
+        before = unlinked(stream.node)
+        passed[root] = passed.get(before, 0) | bit[stream.node]
+        added[root] = added.get(before, 0) | sum({bit[t.node] for t in terms})
+    return sums
+
+
+def _inside(root: fx.Node, terms: list[Term]) -> set[fx.Node]:
+    """The nodes between a sum and its terms."""
+    ends = {term.node for term in terms}
+    found: set[fx.Node] = set()
+    stack = [root]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in ends and source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+def _feeds(bits: int, stream: Term, terms: list[Term], ancestors: Mapping[fx.Node, int]) -> bool:
+    """Whether another term of the sum depends on one of the nodes that ``bits`` stands for."""
+    return any(ancestors[term.node] & bits for term in terms if term is not stream)
+
+
+def unlinked(node: fx.Node) -> fx.Node:
+    """``node`` before all that :func:`link` sees through."""
+    while (source := link(node)) is not None:
+        node = source
+    return node
+
+
+def link(node: fx.Node) -> fx.Node | None:
+    """What ``node`` is but a cast, a view of rows or an idle dropout of: the stream passes these between sums."""
+    found = op(node)
+    if found is None:
+        return None
+    source = found.node("input")
+    if source is None:
+        return None
+    if not same_shape(source, node):
+        return viewed(node, found)
+    if found.name in ("cast", "contiguous", "clone", "view") or (found.name == "dropout" and not drops_randomly(found)):
+        return source
+    return None
+
+
+def _chains(sums: list[Sum]) -> list[tuple[Sum, ...]]:
+    """The sums as chains, each sum in one; where a stream forks, the longer arm goes on."""
+    by_out = {each.out: each for each in sums}
+    previous: dict[Sum, Sum] = {}
+    for each in sums:
+        node: fx.Node | None = each.stream.node
+        while node is not None and node not in by_out:
+            node = link(node)
+        if node is not None:
+            previous[each] = by_out[node]
+    length: dict[Sum, int] = dict.fromkeys(sums, 1)
+    following: dict[Sum, Sum] = {}
+    for each in reversed(sums):
+        before = previous.get(each)
+        if before is not None and length[each] + 1 > length[before]:
+            length[before] = length[each] + 1
+            following[before] = each
+    heads = [each for each in sums if each not in previous or following.get(previous[each]) is not each]
+    chains: list[tuple[Sum, ...]] = []
+    for head in heads:
+        chain = [head]
+        while chain[-1] in following:
+            chain.append(following[chain[-1]])
+        chains.append(tuple(chain))
+    return chains

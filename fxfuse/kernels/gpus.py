@@ -1,0 +1,81 @@
+"""GPUs by their public figures. Nothing here was measured by us.
+
+Sources: NVIDIA's data sheets "A100 80GB" (2021), "A10" (2021), "RTX A6000" (2021), "H100" (2023) and "H200" (2024),
+dense rates without sparsity; multiprocessors from the architecture whitepapers; shared memory per thread block from the
+CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fxfuse.errors import KernelError
+
+SHARED_BYTES: Mapping[int, int] = {80: 166_912, 86: 101_376, 90: 232_448}
+"""Shared memory that one program can have, in bytes, for each architecture that kernels are made for."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, or as much of it as decides about tiles."""
+
+    name: str
+    capability: int
+    """Compute capability: 90 is sm_90."""
+    multiprocessors: int
+    bandwidth: float = 0.0
+    """Of device memory, bytes/s."""
+    half_flops: float = 0.0
+    """Dense float16 and bfloat16 with float32 sums, FLOP/s, on tensor cores."""
+    float_flops: float = 0.0
+    """IEEE float32, FLOP/s, not on tensor cores."""
+
+    @property
+    def arch(self) -> int:
+        """The architecture whose configs it runs: 80, 86 or 90.
+
+        Raises:
+            KernelError: it is older than sm_80.
+        """
+        if self.capability < 80:
+            raise KernelError(f"fxfuse's kernels need a GPU of sm_80 or newer; {self.name} is sm_{self.capability}")
+        # sm_87 and sm_100 have the shared memory of sm_80; sm_89 and sm_120 that of sm_86. Neither has wgmma.
+        return {80: 80, 87: 80, 90: 90, 100: 80, 103: 80}.get(self.capability, 86)
+
+
+GPUS: Mapping[str, Gpu] = {
+    "a100": Gpu("NVIDIA A100 80GB SXM", 80, 108, 2.039e12, 312e12, 19.5e12),
+    "a10": Gpu("NVIDIA A10", 86, 72, 0.600e12, 125e12, 31.2e12),
+    "a6000": Gpu("NVIDIA RTX A6000", 86, 84, 0.768e12, 154.8e12, 38.7e12),
+    "h100": Gpu("NVIDIA H100 80GB SXM", 90, 132, 3.35e12, 989.4e12, 66.9e12),
+    "h200": Gpu("NVIDIA H200 141GB SXM", 90, 132, 4.8e12, 989.4e12, 66.9e12),
+}
+"""GPUs by short name."""
+
+
+def find(name: str) -> Gpu:
+    """A GPU of `GPUS`.
+
+    Raises:
+        KernelError: there is no such name; the message lists those there are.
+    """
+    if name.lower() not in GPUS:
+        raise KernelError(f"there are no figures for a GPU {name!r}; there are for {', '.join(GPUS)}")
+    return GPUS[name.lower()]
+
+
+@lru_cache
+def of_device(device: torch.device) -> Gpu:
+    """The GPU at a CUDA device; without figures of its speed.
+
+    Raises:
+        KernelError: the kernels were not made for it.
+    """
+    if torch.version.hip is not None:
+        raise KernelError("fxfuse's kernels were made for NVIDIA's GPUs; on this one, leave the FFN to ATen")
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.name, properties.major * 10 + properties.minor, properties.multi_processor_count)

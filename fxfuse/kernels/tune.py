@@ -1,0 +1,128 @@
+"""Measured configs instead of picked ones: tried on a real GPU once, and kept on disk.
+
+The file's name holds what would make its numbers wrong elsewhere: the GPU, the versions of torch and Triton, the source
+of the kernels. Its entries are shapes, with the number of tokens rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from fxfuse.errors import KernelError
+from fxfuse.kernels import down, gate_up
+from fxfuse.kernels.calls import Down, GateUp
+from fxfuse.kernels.configs import COUNTERS, MAX_SPLIT, Config, Gemm, candidates, pick
+from fxfuse.kernels.gpus import Gpu
+
+Measure = Callable[[Config], float]
+"""Seconds that a kernel takes with a config."""
+
+
+def chosen(gemm: Gemm, gpu: Gpu) -> Config:
+    """The measured config of a shape if there is one, else the one that `pick` picks.
+
+    Raises:
+        KernelError: this GPU or this dtype is not supported, or the file of measured configs is damaged.
+    """
+    return _known(gpu).get(_key(gemm)) or _picked(gemm, gpu)
+
+
+def tune(gemm: Gemm, gpu: Gpu, measure: Measure) -> Config:
+    """Measure every option, keep the fastest on disk, and let `chosen` choose it from now on.
+
+    Args:
+        gemm: the shape; it stands for all numbers of tokens down to the next lower power of two.
+        gpu: the GPU on which ``measure`` measures.
+        measure: see `stopwatch`.
+    """
+    best = min(options(gemm, gpu), key=measure)
+    path = cache_file(gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {**_read(path), _key(gemm): best}
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps({key: asdict(config) for key, config in sorted(known.items())}, indent=1))
+    draft.replace(path)  # whole or not at all, whatever other processes do
+    _known.cache_clear()
+    return best
+
+
+def options(gemm: Gemm, gpu: Gpu) -> tuple[Config, ...]:
+    """Every config worth trying: the picked one first, then the table's, with every split of `down`'s depth."""
+    found = [pick(gemm, gpu)]
+    for config in candidates(gemm, gpu.arch):
+        steps = -(-gemm.K // config.depth)
+        most = min(MAX_SPLIT, steps) if gemm.kernel == "down" and config.tiles(gemm) <= COUNTERS else 1
+        found += [replace(config, split=2**power) for power in range(most.bit_length())]
+    return tuple(dict.fromkeys(found))
+
+
+def stopwatch(gemm: Gemm, device: torch.device) -> Measure:
+    """A `Measure` on a CUDA device, for random tensors of this shape: the median, with a cold L2 cache."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=gemm.dtype, device=device).div_(gemm.K**0.5)
+
+    inputs, out = random(gemm.M, gemm.K), random(gemm.M, gemm.N)
+    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    if gemm.kernel == "gate_up":
+        first = GateUp(inputs, random(2, gemm.N, gemm.K), eps=1e-6)
+        return lambda config: _seconds(lambda: gate_up.launch(first, config, out, counters).run())
+    second = Down(inputs, random(gemm.N, gemm.K), residual=random(gemm.M, gemm.N))
+
+    def down_once(config: Config) -> None:
+        counters.zero_()  # as kernel 1 does
+        down.launch(second, config, out, counters).run()
+
+    return lambda config: _seconds(lambda: down_once(config))
+
+
+def cache_file(gpu: Gpu) -> Path:
+    """Where measured configs are kept: in ``$FXFUSE_CACHE``, else in the user's cache folder."""
+    own = os.environ.get("FXFUSE_CACHE")
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxfuse"
+    key = f"{gpu.name}|{gpu.multiprocessors}|torch {torch.__version__}|triton {triton.__version__}|{source_hash()}"
+    return folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+@cache
+def source_hash() -> str:
+    """Of the Triton code: another source is another kernel."""
+    files = (Path(__file__).with_name(f"{name}.py") for name in ("tiles", "gate_up", "down", "rstd"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    return float(triton.testing.do_bench(run, return_mode="median")) / 1e3
+
+
+_picked = lru_cache(maxsize=4096)(pick)
+
+
+@cache
+def _known(gpu: Gpu) -> Mapping[str, Config]:
+    return _read(cache_file(gpu))
+
+
+def _read(path: Path) -> dict[str, Config]:
+    try:
+        return {key: Config(**fields) for key, fields in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise KernelError(f"{path} is no file of measured configs ({error}); delete it to measure again") from error
+
+
+def _key(gemm: Gemm) -> str:
+    tokens = 1 << (gemm.M - 1).bit_length()
+    aligned = "aligned" if gemm.aligned else "any"
+    return f"{gemm.kernel} {tokens}x{gemm.N}x{gemm.K} {str(gemm.dtype).removeprefix('torch.')} {aligned}"

@@ -1,0 +1,180 @@
+"""The one order in which the passes run.
+
+1. ``simplify``: so that every later pass sees one dialect, and sums and norms without disguises.
+2. the branches get their names, once: a name means what it meant before any edit.
+3. ``drop``, then ``parallelize``: the plan, the only approximation.
+4. ``fuse_ffn``: what stands in parallel becomes wide.
+5. ``merge_gate_up``: what could not shares its gate/up, and what stands alone has one of its own if asked for.
+
+All or nothing: if a pass raises, the graph is as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from torch import fx, nn
+
+from fxfuse.errors import PlanError, nearest
+from fxfuse.graph.branch import stamp
+from fxfuse.graph.stream import ResidualStream, find_streams
+from fxfuse.graph.values import clean, name_weights, names_in
+from fxfuse.passes.base import PassReport, transaction
+from fxfuse.passes.drop import drop
+from fxfuse.passes.fuse_ffn import fuse_ffn
+from fxfuse.passes.merge_gate_up import merge_gate_up
+from fxfuse.passes.parallelize import parallelize
+from fxfuse.passes.select import branch_names
+from fxfuse.passes.simplify import simplify
+from fxfuse.plan import Group, Plan, flat
+
+log = logging.getLogger(__name__)
+
+REPORTS = "fxfuse_reports"
+"""Key of ``gm.meta`` under which :func:`apply_plan` leaves the tuple of its passes' reports."""
+
+FOUND = "fxfuse_found"
+"""Key of ``gm.meta`` under which it leaves, as text, which branches it found and what each of them is."""
+
+
+def apply_plan(
+    gm: fx.GraphModule,
+    plan: Plan,
+    *,
+    names: Mapping[fx.Node, str] | None = None,
+    strict: bool = False,
+    share: bool = False,
+    merge: bool = False,
+    elsewhere: Callable[[str], bool] = lambda name: False,
+    root: nn.Module | None = None,
+    inputs: Sequence[object] | None = None,
+    verify: bool = False,
+    max_rewrites: int | None = None,
+) -> fx.GraphModule:
+    """Apply ``plan`` to a graph, whoever traced it, in place, and fuse what it made parallel.
+
+    Args:
+        gm: a graph of Dynamo, torch.export, symbolic_trace or make_fx. It is linted and recompiled, and
+            ``gm.meta["fxfuse_reports"]`` says what each pass did.
+        plan: what to change; an empty plan changes nothing that is computed.
+        names: the dotted names of weights, by node, where the caller knows better than the graph.
+        strict: a dropped name that no branch has is an error, not a warning.
+        share: see :func:`fxfuse.passes.fuse_ffn`.
+        merge: also run :func:`fxfuse.passes.merge_gate_up`.
+        elsewhere: tells whether a name that is not in this graph belongs to another part of the model (graph breaks)
+            or has left it already (pruned), so that it is no mistake.
+        root: the module that was traced: its parameters have their names in it, whatever the graph calls them (make_fx
+            says ``_param_constant0``).
+        inputs: example inputs of the graph, for the sizes that symbolic_trace does not record, and for ``verify``.
+        verify: compare all that is fused with what it replaces, in float64 on ``inputs``.
+        max_rewrites: how many fusions to make at most, to find by bisection one that is not what it should be.
+
+    Returns:
+        ``gm`` itself.
+
+    Raises:
+        PlanError: the plan does not fit the graph; the message names the entry.
+        VerifyError: something that was fused is not what it replaces; the message names the branches.
+        OptionError, CaptureError: ``inputs`` are needed and not there, or are none of the graph's.
+    """
+    with transaction(gm):
+        if root is not None:
+            names = {**names_in(root, gm, inputs), **(names or {})}
+        reports = edit(gm, plan, names=names, strict=strict, elsewhere=elsewhere, inputs=inputs)
+        reports.append(fuse_ffn(gm, share, inputs=inputs, verify=verify, max_rewrites=max_rewrites))
+        left = None if max_rewrites is None else max_rewrites - len(reports[-1].done)
+        reports.append(merge_gate_up(gm, share, alone=merge, inputs=inputs, verify=verify, max_rewrites=left))
+    for report in reports:
+        log.debug("%s", report)
+    gm.meta[REPORTS] = tuple(reports)
+    return gm
+
+
+def edit(
+    gm: fx.GraphModule,
+    plan: Plan,
+    *,
+    names: Mapping[fx.Node, str] | None = None,
+    strict: bool = False,
+    elsewhere: Callable[[str], bool] = lambda name: False,
+    inputs: Sequence[object] | None = None,
+) -> list[PassReport]:
+    """What :func:`apply_plan` does but for the fusing: the planned graph, its branches each by itself."""
+    with transaction(gm):
+        name_weights(names or {})
+        reports = [simplify(gm, inputs)]
+        streams = find_streams(gm, names)
+        gm.meta[FOUND] = _found(streams)
+        log.debug("%s", gm.meta[FOUND])
+        for stream in streams:
+            stamp(stream.branches)
+        known = branch_names(streams)
+        _severed(plan, known, {clean(name) for name in (names or {}).values()}, elsewhere)
+        groups = _groups(plan, known, elsewhere)
+        if known or strict:
+            _missing(plan, known, strict, elsewhere)
+        reports.append(drop(gm, [name for name in plan.drop if name in known], streams))
+        reports.append(parallelize(gm, groups))
+    return reports
+
+
+def _found(streams: Sequence[ResidualStream]) -> str:
+    """The branches of each stream, one a line, with their kinds and why they can be no part of a wide FFN."""
+    lines = [f"found: {len(streams)} residual stream(s)"]
+    for number, stream in enumerate(streams):
+        lines.append(f"  stream {number}: {len(stream.sums)} residual sums")
+        lines += [f"    {b.name}: {b.kind}" + f"; {b.reason}" * (b.reason not in ("", b.kind)) for b in stream.branches]
+    return "\n".join(lines)
+
+
+def _severed(plan: Plan, known: Collection[str], weights: Collection[str], elsewhere: Callable[[str], bool]) -> None:
+    """Raise for a branch whose weights are here and that is not: a graph break inside it cut it off from the stream."""
+    for name in plan.names:
+        if name in known or elsewhere(name) or not any(weight.startswith(f"{name}.") for weight in weights):
+            continue
+        raise PlanError(
+            f"{name!r} is no branch of this graph, which holds weights of it{nearest(name, known)}. If its name is "
+            "right, a graph break inside it separates it from the stream (TORCH_LOGS=graph_breaks shows where)"
+        )
+
+
+def _groups(plan: Plan, known: Collection[str], elsewhere: Callable[[str], bool]) -> list[Group]:
+    """The groups of the plan that this graph holds; one of which it holds a part is an error."""
+    held: list[Group] = []
+    for index, group in enumerate(plan.parallel):
+        absent = [name for name in flat(group) if name not in known]
+        if not absent:
+            held.append(group)
+            continue
+        if len(absent) == len(flat(group)):
+            continue
+        if all(map(elsewhere, absent)):
+            raise PlanError(
+                f"parallel[{index}]: a graph break separates {absent[0]!r} from {_other(group, absent)!r}: this graph "
+                "holds only one of them. Remove the break (TORCH_LOGS=graph_breaks shows where it is) or the member"
+            )
+        raise PlanError(f"parallel[{index}]: {_first_unknown(absent, elsewhere)!r} is no branch of this graph"
+                        f"{nearest(_first_unknown(absent, elsewhere), known)}")  # fmt: skip
+    return held
+
+
+def _first_unknown(absent: list[str], elsewhere: Callable[[str], bool]) -> str:
+    return next(name for name in absent if not elsewhere(name))
+
+
+def _other(group: Group, absent: Collection[str]) -> str:
+    return next(name for name in flat(group) if name not in absent)
+
+
+def _missing(plan: Plan, known: Collection[str], strict: bool, elsewhere: Callable[[str], bool]) -> None:
+    """Say, once, which names of the plan no branch has."""
+    absent = [name for name in plan.names if name not in known and not elsewhere(name)]
+    if not absent:
+        return
+    text = "; ".join(f"{name!r} is no branch of this graph{nearest(name, known)}" for name in absent[:5])
+    text += f"; and {len(absent) - 5} more" if len(absent) > 5 else ""
+    if strict:
+        raise PlanError(text)
+    warnings.warn(f"fxfuse: the plan names what is not there: {text}", stacklevel=3)

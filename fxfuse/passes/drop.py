@@ -1,0 +1,58 @@
+"""Drop: a branch no longer contributes to the residual stream.
+
+Source: LLM-Drop (arXiv 2406.15786); the no-op blocks of Puzzle (arXiv 2411.19146).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import fx
+
+from fxfuse.graph.branch import KEPT
+from fxfuse.graph.order import overwritten
+from fxfuse.graph.stream import ResidualStream
+from fxfuse.passes.base import Edit, PassReport, erase_dead, resum, transaction
+from fxfuse.passes.normal import normal_streams
+from fxfuse.passes.select import check_known
+
+
+def drop(gm: fx.GraphModule, branches: Collection[str], streams: Sequence[ResidualStream] | None = None) -> PassReport:
+    """Take the named branches out of the stream: each sum ``h + branch(h)`` becomes ``h``.
+
+    What only the branch needed is erased. A part of it that others read (its keys and values as graph outputs, a write
+    to a cache) stays, and the report says so.
+
+    Args:
+        gm: any graph that has residual streams.
+        branches: names.
+        streams: those of ``gm`` as it stands, if the caller has just found them.
+
+    Raises:
+        PlanError: no branch has such a name, and the message has the nearest ones; or its sum writes in place to memory
+            that others read. The graph is then as it was.
+    """
+    report = PassReport("drop")
+    if not branches:
+        return report
+    with transaction(gm):
+        streams = normal_streams(gm) if streams is None else streams
+        check_known(branches, streams)
+        rewritten = overwritten(gm.graph)
+        replaced: dict[fx.Node, fx.Node] = {}
+        for stream in streams:
+            for each in stream.sums:
+                gone = [branch for branch in each.branches if branch.name in branches]
+                if not gone:
+                    continue
+                left = {term for branch in gone for term in branch.terms}
+                resum(gm.graph, each, [term for term in each.terms if term not in left], replaced, rewritten)
+                for branch in gone:
+                    erased = erase_dead(gm.graph, [term.node for term in branch.terms])
+                    others = set().union(*(b.nodes for st in streams for b in st.branches if b is not branch))
+                    for node in branch.nodes.difference(erased, others):
+                        node.meta[KEPT] = branch.name  # it goes on reading the stream where it stood
+                    kept = len(branch.body) - sum(node in branch.nodes for node in erased)
+                    detail = f"{kept} of its nodes serve others and stay" if kept else ""
+                    report.done.append(Edit((branch.name,), "dropped", detail))
+    return report

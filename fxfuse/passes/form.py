@@ -1,0 +1,120 @@
+"""When parallel FFNs are one wide FFN: the same input but for gains, the same activation, the same dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from torch import fx
+
+from fxfuse.graph.branch import Branch
+from fxfuse.graph.ffn import FFN, Normed, Projection
+from fxfuse.graph.normed import NORMS
+from fxfuse.graph.ops import op
+from fxfuse.graph.structure import Numbering
+from fxfuse.graph.values import dtype, value
+
+TRANSPARENT = frozenset("view flatten unflatten squeeze unsqueeze contiguous clone dropout".split())
+"""Ops inside an FFN that change no hidden unit; a wide FFN does without them."""
+
+
+def form(branch: Branch, numbering: Numbering) -> Hashable:
+    """Equal for two FFNs exactly if their sum is one wide FFN: same input but for gains, same activation and dtypes."""
+    ffn = branch.ffn
+    assert ffn is not None
+    projections, constants = slots(ffn), constant_slots(ffn)
+    places = {each.output: index for index, each in enumerate(projections)}
+    places |= {each: len(projections) + index for index, each in enumerate(constants)}
+    return (
+        bare_key(ffn.normed, numbering),
+        _activation(ffn.down.input, places),
+        len(projections),
+        dtype(branch.terms[0].node),
+        branch.scale.nodes,
+        tuple(dtype(p.weight) for p in (*projections, ffn.down)),
+        tuple(map(dtype, constants)),
+        dtype(projections[0].input),
+        ffn.down.width,
+        None if (found := value(ffn.down.weight)) is None else found.device,
+    )
+
+
+def difference(branch: Branch, siblings: Sequence[Branch], numbering: Numbering) -> str:
+    """Why ``branch`` does not become one with the other FFNs that are added at the same place."""
+    others = [other for other in siblings if other.ffn is not None and other is not branch]
+    if not others:
+        return "no other FFN of a form that can be made wide is added to the stream at the same place"
+    assert branch.ffn is not None
+    own = bare_key(branch.ffn.normed, numbering)
+    same_input = [other for other in others if other.ffn is not None and bare_key(other.ffn.normed, numbering) == own]
+    if any(form(other, numbering) == form(branch, numbering) for other in same_input):
+        return "its width differs, and weights='share' takes FFNs of one width only"
+    if any(other.scale.nodes != branch.scale.nodes for other in same_input):
+        return "its multiplier is a symbolic number of its own; compile without dynamic=True"
+    if same_input:
+        return f"its activation or dtype differs from that of {same_input[0].name}"
+    if any(other.read is branch.read for other in others):
+        return f"its norm differs from that of {others[0].name} by more than a gain (another eps or another kind)"
+    return f"it reads another point of the stream than {others[0].name}"
+
+
+def bare_key(normed: Normed, numbering: Numbering) -> Hashable:
+    """What the projections read, apart from gain and shift; a norm call counts by what it normalises and how."""
+    found = op(normed.bare)
+    source = found.node("input") if found is not None and found.name in NORMS else None
+    if found is None or source is None:
+        return numbering[normed.bare]
+    if not normed.fused_call and (found.node("weight") is not None or found.node("bias") is not None):
+        return numbering[normed.bare]
+    sizes = found.args.get("shape")
+    assert isinstance(sizes, list | tuple)
+    key = tuple(numbering[size] if isinstance(size, fx.Node) else repr(size) for size in sizes)
+    return (found.name, numbering[source], key, repr(found.args.get("eps")))
+
+
+def _activation(node: fx.Node, leaves: dict[fx.Node, int]) -> Hashable:
+    """The function of one hidden unit, as an expression in projections and constants, views left out."""
+    if node in leaves:
+        return ("leaf", leaves[node])
+    found = op(node)
+    assert found is not None
+    if found.name in TRANSPARENT:
+        source = found.node("input")
+        assert source is not None
+        return _activation(source, leaves)
+    arguments = {
+        key: _activation(argument, leaves) if isinstance(argument, fx.Node) else repr(argument)
+        for key, argument in found.args.items()
+    }
+    if found.name in ("add", "mul") and "alpha" not in arguments:
+        return (found.name, tuple(sorted(map(repr, arguments.values()))))
+    return (found.name, tuple(arguments.items()))
+
+
+def slots(ffn: FFN) -> tuple[Projection, ...]:
+    """The projections in an order that the spelling does not change: ``silu(g) * u`` and ``u * silu(g)`` agree."""
+    by_output = {each.output: each for each in ffn.projections}
+    return tuple(by_output[node] for node in _leaves(ffn) if node in by_output)
+
+
+def constant_slots(ffn: FFN) -> tuple[fx.Node, ...]:
+    """What the activation takes of weights, in such an order."""
+    return tuple(node for node in _leaves(ffn) if node in ffn.constants)
+
+
+def _leaves(ffn: FFN) -> tuple[fx.Node, ...]:
+    blind = {each.output: 0 for each in ffn.projections} | dict.fromkeys(ffn.constants, 1)
+    ranked: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in blind:
+            ranked[node] = None
+            return
+        found = op(node)
+        sources = list(node.all_input_nodes)
+        if found is not None and found.name in ("add", "mul") and len(sources) == 2:
+            sources.sort(key=lambda source: repr(_activation(source, blind)))
+        for source in sources:
+            visit(source)
+
+    visit(ffn.down.input)
+    return tuple(ranked)

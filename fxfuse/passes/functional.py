@@ -1,0 +1,103 @@
+"""Functional: what the graph does by writing to memory, written as values that flow from node to node.
+
+A traced model reads ``h`` again after ``h.add_(f)``, by its old name. Here whoever reads it later reads the node that
+wrote it, so that data dependence says what happens; and pointwise ops in place, residual adds above all, become plain
+ones where nobody can tell the difference. Exact.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TypeAlias
+
+import torch
+from torch import fx
+from torch.fx.node import Argument, Target
+
+from fxfuse.graph.ops import POINTWISE, asks_for_inplace, inplace_position, mutated_arguments, op
+from fxfuse.graph.order import aliases, memory_shared_with, rewrites
+from fxfuse.graph.values import dtype, same_shape
+
+
+def make_functional(graph: fx.Graph) -> list[str]:
+    """Name writes by what they make and take pointwise ops in place out; the names of the ops that replace them.
+
+    What torch.export asserts of the values that it traced goes too: it reads every value that is cast.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+    if not any(mutated_arguments(node) for node in graph.nodes):
+        return []
+    _name_writes(graph)
+    return _out_of_place(graph)
+
+
+def _name_writes(graph: fx.Graph) -> None:
+    """Let who reads a value after it was written in place read the node that wrote it; the two are one tensor."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = rewrites(node)
+        if target is None:
+            continue
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)
+
+
+def _out_of_place(graph: fx.Graph) -> list[str]:
+    """Turn ``h += f`` into a new value where the memory of ``h`` is the graph's own and no view of it is read later."""
+    order = {each: index for index, each in enumerate(graph.nodes)}
+    neighbours = aliases(graph)
+    changed: list[str] = []
+    for node in list(graph.nodes):
+        found = op(node)
+        if found is None or found.name not in POINTWISE or not found.inplace or "out" in node.kwargs:
+            continue
+        target, plain = found.node("input"), _plain(node)
+        if target is None or plain is None or mutated_arguments(node) != (target,):
+            continue
+        if not same_shape(target, node) or dtype(target) != dtype(node):
+            continue
+        owners = {target, *memory_shared_with(target, neighbours, but=node)}
+        if any(owner.op in ("placeholder", "get_attr") for owner in owners):
+            continue
+        if any(order[user] > order[node] for owner in owners - {target} for user in owner.users):
+            continue
+        with graph.inserting_before(node):
+            made = graph.create_node(node.op, *plain)
+        made.meta = dict(node.meta)
+        order[made] = order[node]
+        node.replace_all_uses_with(made)
+        neighbours[made] = neighbours.pop(node, set()) - {target}
+        for others in neighbours.values():
+            others.discard(node)
+        for alias in neighbours[made]:
+            neighbours[alias].add(made)
+        graph.erase_node(node)
+        changed.append(made.name)
+    return changed
+
+
+_Call: TypeAlias = tuple[Target, tuple[Argument, ...], dict[str, Argument]]
+
+
+def _plain(node: fx.Node) -> _Call | None:
+    """The call that computes what ``node`` does and writes nothing, if one is known: ``add`` for ``add_``."""
+    target, args, kwargs = node.target, list(node.args), dict(node.kwargs)
+    if asks_for_inplace(node):
+        position = inplace_position(target)
+        if position is not None and position < len(args):
+            args[position] = False
+        kwargs.pop("inplace", None)
+        return target, tuple(args), kwargs
+    plain: Target | None
+    if isinstance(target, torch._ops.OpOverload):
+        packet = getattr(torch.ops.aten, target._opname.removesuffix("_"), None)
+        plain = getattr(packet, target._overloadname, None)
+    elif isinstance(target, str):
+        plain = target.strip("_").removeprefix("i") if target.startswith("__") else target.removesuffix("_")
+    elif target.__module__ == operator.iadd.__module__:
+        plain = getattr(operator, target.__name__.removeprefix("i"), None)
+    else:
+        plain = getattr(torch, target.__name__.removesuffix("_"), None)
+    return None if plain is None or plain == target else (plain, node.args, kwargs)

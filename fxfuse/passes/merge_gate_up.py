@@ -1,0 +1,172 @@
+"""Merge gate and up: projections that read one value as one GEMM. Exact; it takes a copy of their weights.
+
+Those of one FFN (the packed ``gate_up_proj`` of vLLM and of Phi-3's checkpoints), and those of FFNs that stand in
+parallel and cannot be one wide FFN, because a norm or an activation of its own keeps each apart from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import fx
+
+from fxfuse.graph.branch import Branch, Term
+from fxfuse.graph.ffn import GateUp, Projection
+from fxfuse.graph.normed import unfoldable
+from fxfuse.graph.order import hazards, overwritten, regions, sort
+from fxfuse.graph.structure import Numbering
+from fxfuse.graph.sums import Sum
+from fxfuse.graph.values import dtype, value
+from fxfuse.passes.base import Edit, PassReport, erase_dead, transaction
+from fxfuse.passes.form import bare_key, difference
+from fxfuse.passes.normal import normal_streams
+from fxfuse.passes.pack import PACK
+from fxfuse.passes.verify import Verifier
+from fxfuse.passes.wide import can_be_given_the_shape_of, emit_projections
+
+
+def merge_gate_up(
+    gm: fx.GraphModule,
+    share: bool = False,
+    *,
+    alone: bool = True,
+    inputs: Sequence[object] | None = None,
+    verify: bool = False,
+    max_rewrites: int | None = None,
+) -> PassReport:
+    """Let FFNs that stand in parallel compute gate and up in one GEMM over the rows of all; each goes on by itself.
+
+    Args:
+        gm: a graph.
+        share: use the weights as they are (see :func:`fxfuse.passes.fuse_ffn`): FFNs join only if they read the very
+            same value, the gain of their norm included.
+        alone: do the same to the gate and up of an FFN that stands in parallel with none.
+        inputs: example inputs of the graph, for ``verify``.
+        verify: compare each projection with what replaces it, in float64 on ``inputs``.
+        max_rewrites: how many GEMMs to make at most, the first ones in stream order.
+
+    Raises:
+        VerifyError: a projection is not what it was. The graph is then as it was.
+        OptionError: ``verify`` without ``inputs``.
+    """
+    report = PassReport("merge_gate_up")
+    verifier = Verifier.of(gm, inputs, verify)
+    with transaction(gm):
+        streams = normal_streams(gm)
+        hazard, region, rewritten = hazards(gm.graph), regions(gm.graph), overwritten(gm.graph)
+        groups: list[_Group] = []
+        for stream in streams:
+            numbering = Numbering({point: point for point in stream.levels})
+            for each in stream.sums:
+                groups += _groups(each, share, numbering, rewritten, region, report)
+        groups = [group for group in groups if alone or len(group.members) > 1]
+        merged = groups if max_rewrites is None else groups[:max_rewrites]
+        report.done += [Edit(group.names, "merged", group.detail) for group in merged]
+        report.refused += [Edit(group.names, "merge", "max_rewrites is spent") for group in groups[len(merged) :]]
+        order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        made = [_write(gm.graph, group, order) for group in merged]
+        pairs = [list(zip(each, group.projections, strict=True)) for each, group in zip(made, merged, strict=True)]
+        if verifier is not None:
+            sort(gm.graph, hazard, region)
+            for own, group in zip(pairs, merged, strict=True):
+                verifier.check([([Term(new)], [Term(old.output)]) for new, old in own], "one GEMM", group.names)
+        for new, old in chain.from_iterable(pairs):
+            new.meta.update(old.output.meta)
+            old.output.replace_all_uses_with(new)
+            erase_dead(gm.graph, [old.output])
+        # A weight may be an expression, such as w.t(), that the model writes down only after the first projection.
+        sort(gm.graph, hazard, region)
+    return report
+
+
+@dataclass(frozen=True)
+class _Group:
+    """FFNs whose projections read one value (but for the gains of ``folded``), and what keeps them from being one."""
+
+    members: tuple[tuple[str, GateUp], ...]
+    folded: bool
+    reason: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.members)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return tuple(projection for _, half in self.members for projection in half.projections)
+
+    @property
+    def detail(self) -> str:
+        return "gate and up in one GEMM" + (f"; no wider: {self.reason}" if len(self.members) > 1 else "")
+
+
+def _groups(
+    each: Sum,
+    share: bool,
+    numbering: Numbering,
+    rewritten: Container[fx.Node],
+    region: Mapping[fx.Node, int],
+    report: PassReport,
+) -> list[_Group]:
+    """The FFNs of a sum by what their projections read; ``report`` learns who must be left alone, and why."""
+    alike: dict[Hashable, list[Branch]] = {}
+    several = sum(branch.gate_up is not None for branch in each.branches) > 1
+    for branch in each.branches:
+        half = branch.gate_up
+        if half is None or any(PACK in p.weight.meta for p in half.projections):
+            continue  # the latter is wide already
+        first = half.projections[0]
+        rounding = "" if share else unfoldable(half.normed)
+        if rounding and several:
+            reason = "; ".join(filter(None, (branch.reason, rounding)))
+            report.refused.append(Edit((branch.name,), "merge with others", reason))
+        key = (
+            numbering[first.input] if share or rounding else bare_key(half.normed, numbering),
+            region[first.output],
+            tuple({dtype(node) for p in half.projections for node in (p.input, p.weight)}),
+            None if (found := value(first.weight)) is None else found.device,
+        )
+        alike.setdefault(key, []).append(branch)
+    found_groups: list[_Group] = []
+    for branches in alike.values():
+        group = _group(branches, each, numbering)
+        reason = _obstacle(group, rewritten)
+        if reason:
+            report.refused.append(Edit(group.names, "merge", reason))
+        elif len(group.projections) > 1:
+            found_groups.append(group)
+    return found_groups
+
+
+def _group(branches: Sequence[Branch], each: Sum, numbering: Numbering) -> _Group:
+    members = tuple((branch.name, branch.gate_up) for branch in branches if branch.gate_up is not None)
+    folded = len({numbering[half.projections[0].input] for _, half in members}) > 1
+    reasons = dict.fromkeys(
+        branch.reason if branch.ffn is None else difference(branch, each.branches, numbering)
+        for branch in (branches if len(branches) > 1 else ())
+    )
+    return _Group(members, folded, "; ".join(reasons))
+
+
+def _obstacle(group: _Group, rewritten: Container[fx.Node]) -> str:
+    """Why the group has to be left alone; an empty string if it can be merged."""
+    different = {projection.weight for projection in group.projections}
+    if len(group.projections) > 1 and len(different) < (len(group.projections) if len(group.members) == 1 else 2):
+        return "its projections are one GEMM already"
+    if any(node in rewritten for _, half in group.members for node in (half.normed.bare, half.normed.output)):
+        return "what it reads is overwritten in place later"
+    if any(not can_be_given_the_shape_of(p, half, group.folded) for _, half in group.members for p in half.projections):
+        return "its projections come in a shape that is not their input's"
+    return ""
+
+
+def _write(graph: fx.Graph, group: _Group, order: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """The projections of the group, computed anew in one GEMM, in the place of the first of them."""
+    first, half = min(
+        ((projection.output, half) for _, half in group.members for projection in half.projections),
+        key=lambda each: order[each[0]],
+    )
+    with graph.inserting_before(first):
+        return emit_projections(graph, half, [half for _, half in group.members], group.folded, " + ".join(group.names))

@@ -1,0 +1,106 @@
+"""Packed weights as graph expressions: what a rewrite writes down, and a backend computes once instead of per call.
+
+A rewrite that needs the rows of several weights in one tensor says so in the graph, as ``cat`` of expressions of
+weights, and marks that node. As it stands the graph is complete: it runs, differentiates and exports, and concatenates
+at each call. :mod:`fxfuse.weights` takes the marked nodes out and keeps their values, true to the weights, beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import getitem
+
+import torch
+from torch import fx
+
+from fxfuse.graph.ffn import Projection
+from fxfuse.graph.values import dtype, shape
+
+PACK = "fxfuse_pack"
+"""Key of ``node.meta`` that marks the root of a packed weight; its value says what it is."""
+
+
+def weight_of(graph: fx.Graph, projection: Projection, gain: fx.Node | None = None) -> fx.Node:
+    """The projection's own rows as ``[width, in]``, each input scaled by ``gain`` (``[in]``), in the weight's dtype.
+
+    ``W diag(gain)`` keeps a norm's gain exactly: the product is formed in the wider of the two dtypes, rounded once.
+    """
+    node = projection.weight
+    if projection.transposed:
+        node = graph.call_method("t", (node,))
+    if projection.rows is not None:
+        node = graph.call_function(getitem, (node, projection.rows))
+    if gain is not None:
+        product = graph.call_function(torch.mul, (node, vector(graph, gain)))
+        wanted, other = dtype(projection.weight), dtype(gain)
+        node = product if wanted == other or wanted is None else graph.call_method("to", (product, wanted))
+    return node
+
+
+def bias_of(graph: fx.Graph, projection: Projection, shift: fx.Node | None = None) -> fx.Node | None:
+    """The projection's bias ``[width]``, with what a norm's ``shift`` (``[in]``) adds through the weight; or None."""
+    node = projection.bias
+    if node is not None and projection.rows is not None:
+        node = graph.call_function(getitem, (node, projection.rows))
+    if shift is None:
+        return node
+    through = graph.call_function(torch.mv, (weight_of(graph, projection), vector(graph, shift, projection.weight)))
+    return through if node is None else graph.call_function(torch.add, (through, node))
+
+
+def zeros_for(graph: fx.Graph, projection: Projection) -> fx.Node:
+    """A bias of zeros ``[width]``, for a member that has none in a pack of those that have."""
+    return graph.call_function(torch.zeros_like, (column_of(graph, projection),))
+
+
+def column_of(graph: fx.Graph, projection: Projection) -> fx.Node:
+    """The first column of the projection's own rows, ``[width]``: something of a bias' size, dtype and device."""
+    return graph.call_function(getitem, (weight_of(graph, projection), (slice(None), 0)))
+
+
+def cat(graph: fx.Graph, parts: Sequence[fx.Node], dim: int, what: str) -> fx.Node:
+    """The parts in one tensor along ``dim``, marked as a packed weight."""
+    node = graph.call_function(torch.cat, (list(parts), dim))
+    node.meta[PACK] = what
+    return node
+
+
+def total(graph: fx.Graph, parts: Sequence[fx.Node], what: str) -> fx.Node:
+    """The sum of the parts, marked as a packed weight."""
+    node = parts[0]
+    for part in parts[1:]:
+        node = graph.call_function(torch.add, (node, part))
+    if len(parts) > 1 or node.op in ("call_function", "call_method"):
+        node.meta[PACK] = what
+    return node
+
+
+def scaled(graph: fx.Graph, node: fx.Node, factor: float) -> fx.Node:
+    return node if factor == 1.0 else graph.call_function(torch.mul, (node, factor))
+
+
+def gained(graph: fx.Graph, node: fx.Node, gains: Sequence[fx.Node], like: fx.Node, column: bool) -> fx.Node:
+    """``diag(gains) W`` for a weight ``[out, in]`` (``column``) or a bias ``[out]``, in the dtype of ``like``."""
+    for gain in gains:
+        by = vector(graph, gain)
+        by = graph.call_method("unsqueeze", (by, -1)) if column else by
+        node = graph.call_function(torch.mul, (node, by))
+    return node if all(dtype(gain) == dtype(like) for gain in gains) else graph.call_method("to", (node, dtype(like)))
+
+
+def spread(graph: fx.Graph, node: fx.Node, width: int) -> fx.Node:
+    """A weight that is one number, or one for each of ``width`` units, as ``[width]``."""
+    made = graph.call_method("flatten", (node,)) if len(shape(node) or ()) != 1 else node
+    return made if shape(node) == (width,) else graph.call_method("expand", (made, width))
+
+
+def vector(graph: fx.Graph, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
+    """A gain or a shift as ``[in]``, in the dtype of ``like``; some models keep it as ``[1, 1, in]``."""
+    sizes = shape(node)
+    made = node if like is None else _as(graph, node, like)
+    return made if sizes is None or len(sizes) == 1 else graph.call_method("flatten", (made,))
+
+
+def _as(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    wanted = dtype(like)
+    return node if wanted is None or wanted == dtype(node) else graph.call_method("to", (node, wanted))

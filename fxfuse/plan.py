@@ -1,0 +1,155 @@
+"""The plan: the only thing in fxfuse that changes what a model computes.
+
+A plan names branches of the residual stream and says of each whether it leaves (``drop``) or where it reads and is
+added (``parallel``). It is data: immutable, readable JSON, versioned, valid for all graphs of its model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from fxfuse.errors import PlanError
+from fxfuse.files import write_atomically
+
+Member: TypeAlias = str | tuple[str, ...]
+"""A branch, or a private sequence: branches that run in order on a copy of the stream of their own."""
+
+Group: TypeAlias = tuple[Member, ...]
+
+
+class Plan(BaseModel):
+    """Semantic edits of a residual stream, by branch name.
+
+    Attributes:
+        version: of the file format; this library reads and writes 1.
+        drop: branches that no longer contribute to the stream (LLM-Drop; Puzzle's no-op blocks).
+        parallel: groups. A group stands where its first member stands in the stream; all its members read the stream
+            there and the sum of their contributions is added there. FFN Fusion is ``[["l5.mlp", "l6.mlp"]]``; layer
+            parallelism ``[["l5.attn", "l6.attn"], ["l5.mlp", "l6.mlp"]]``; the full-block parallelism of
+            arXiv 2503.18908, appendix B, ``[[["l5.attn", "l5.mlp"], ["l6.attn", "l6.mlp"]]]``.
+
+    Raises:
+        PlanError: an entry is empty, not a name, or named twice; the message quotes it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: Literal[1] = 1
+    drop: tuple[str, ...] = ()
+    parallel: tuple[Group, ...] = ()
+
+    def __init__(self, **data: object) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise PlanError(_explain(error)) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_lists(cls, data: object) -> object:
+        """JSON and people write lists; what a plan keeps are tuples, because a plan is immutable."""
+        if isinstance(data, dict):
+            return {key: _tuples(value) if key in ("drop", "parallel") else value for key, value in data.items()}
+        return data
+
+    @model_validator(mode="after")
+    def _each_branch_once(self) -> Plan:
+        for index, group in enumerate(self.parallel):
+            if len(group) < 2:
+                raise ValueError(f"parallel[{index}] has {len(group)} member(s); a group needs at least two")
+            if any(member == () for member in group):
+                raise ValueError(f"parallel[{index}] has an empty private sequence")
+        seen: dict[str, str] = {}
+        for name, where in self._entries():
+            if not name.strip():
+                raise ValueError(f"{where} is an empty name")
+            if name in seen:
+                raise ValueError(f"{name!r} is in {seen[name]} and again in {where}; a branch is edited at most once")
+            seen[name] = where
+        return self
+
+    def _entries(self) -> Iterator[tuple[str, str]]:
+        for index, name in enumerate(self.drop):
+            yield name, f"drop[{index}]"
+        for index, group in enumerate(self.parallel):
+            for name in flat(group):
+                yield name, f"parallel[{index}]"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every branch that the plan edits, in the plan's order."""
+        return tuple(name for name, _ in self._entries())
+
+    def __bool__(self) -> bool:
+        return bool(self.drop or self.parallel)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically: a reader sees the old file or the new one, never a part."""
+        data = {"version": self.version, "drop": self.drop, "parallel": self.parallel}
+        write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by :meth:`save` or by hand.
+
+        Raises:
+            PlanError: no such file, not JSON (a truncated file, say), or not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan file {os.fspath(path)!r} cannot be read: {error}") from error
+        return cls.from_json(text, source=os.fspath(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "<text>") -> Plan:
+        """The plan that ``text`` describes; ``source`` names it in errors."""
+        try:
+            data = json.loads(text, object_pairs_hook=_each_key_once)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(f"plan {source!r} is not JSON ({error}); was it cut short?") from error
+        except PlanError as error:
+            raise PlanError(f"plan {source!r}: {error}") from error
+        if not isinstance(data, dict):
+            raise PlanError(f"plan {source!r} holds a {type(data).__name__}, not an object with drop and parallel")
+        try:
+            return cls(**data)
+        except PlanError as error:
+            raise PlanError(f"plan {source!r}: {error}") from error
+
+
+def flat(group: Group) -> tuple[str, ...]:
+    """The branches of a group in its own order, private sequences opened."""
+    return tuple(name for member in group for name in ((member,) if isinstance(member, str) else member))
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; json itself would keep the last of two equal keys and say nothing."""
+    data = dict(pairs)
+    for key in data:
+        if [name for name, _ in pairs].count(key) > 1:
+            raise PlanError(f"{key!r} stands there twice")
+    return data
+
+
+def _tuples(value: object) -> object:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a person understands, of pydantic's first complaint."""
+    first = error.errors(include_url=False)[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"][:3])
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"unknown entry {where!r}; a plan has version, drop and parallel"
+    if where == "version":
+        return f"version {first['input']!r} is not one this library reads (it reads 1)"
+    return f"{where}: {first['msg']}, got {first['input']!r}"

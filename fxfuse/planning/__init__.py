@@ -1,0 +1,40 @@
+"""From a recording to a plan: what to drop, what to make parallel, and what that costs.
+
+=============  ======================================================================
+``scores``     which attention is cheap to lose
+``groups``     which FFNs follow each other, and how to part them into groups
+``blocks``     which whole blocks may run in parallel (arXiv 2503.18908, appendix B)
+``decisions``  what became of each edit; the plan that follows
+``budget``     which edits fit within a budget
+``make``       ``make_plan``, which puts these together
+``meter``      what a plan costs: the KL of the planned model
+``planned``    the planned model, beside the model itself
+=============  ======================================================================
+
+All but the last three are functions of a recording and of numbers.
+"""
+
+from fxfuse.planning.blocks import block_windows
+from fxfuse.planning.budget import search
+from fxfuse.planning.decisions import Decision, plan_of, propose
+from fxfuse.planning.groups import Limits, propose_groups, runs
+from fxfuse.planning.make import Choices, decide, make_plan
+from fxfuse.planning.meter import Meter
+from fxfuse.planning.scores import attention_scores, cheapest
+
+__all__ = [
+    "Choices",
+    "Decision",
+    "Limits",
+    "Meter",
+    "attention_scores",
+    "block_windows",
+    "cheapest",
+    "decide",
+    "make_plan",
+    "plan_of",
+    "propose",
+    "propose_groups",
+    "runs",
+    "search",
+]

@@ -1,0 +1,138 @@
+"""``make_plan``: a recording, a budget, and perhaps the model to measure with; a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fxfuse.batches import Batch
+from fxfuse.errors import OptionError
+from fxfuse.plan import Plan
+from fxfuse.planning.budget import search
+from fxfuse.planning.decisions import Decision, plan_of, propose
+from fxfuse.planning.groups import Limits
+from fxfuse.planning.meter import Meter
+from fxfuse.planning.planned import original
+from fxfuse.planning.scores import Score, cheapest, check_score, how_many
+from fxfuse.recording import Recording
+
+
+def make_plan(
+    recording: Recording,
+    model: nn.Module | None = None,
+    batches: Iterable[Batch] | None = None,
+    *,
+    drop: int | float | None = None,
+    score: Score = "kl",
+    max_score: float | None = None,
+    max_distance: float | None = None,
+    max_width: int | None = None,
+    keep_last: bool = False,
+    max_kl: float | None = None,
+    drop_share: float = 0.5,
+    max_tokens: int | None = None,
+    search_tokens: int | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Attentions to drop and FFNs to make parallel, chosen from a recording and, with a model, by measuring.
+
+    Without ``model`` the plan is what the recording proposes. Mean distances cannot see a group that ruins only a few
+    tokens, so such a plan is a lead. With ``model`` and ``batches`` each edit is tried, drops first, and kept if what
+    it adds to the measured KL of the plan so far is within its share of ``max_kl``. A group of FFNs has that part of
+    what is left which the FFN steps it saves are of those that all groups not yet decided would save; one that costs
+    more is split in two. See :func:`fxfuse.planning.search`.
+
+    Args:
+        recording: of the model. The plan that it was made under is a part of the plan made here.
+        model: the recorded model, with the same weights. It is left as it is, compiled or not.
+        batches: what to measure on: keyword arguments of the model's calls, as for :func:`fxfuse.evaluate`.
+        drop: attentions to drop: how many (3), or what fraction of them (0.25). With a model at most so many, and by
+            default as many as fit. Without one, by default none, or as many as ``max_score`` allows.
+        score: what makes an attention cheap: "kl", "cosine" or "norm_ratio", see :mod:`fxfuse.planning.scores`.
+        max_score: what the scores of the dropped ones may add up to.
+        max_distance: the largest recorded mean distance (cosine, 0..2) between two FFNs of a group.
+        max_width: the most hidden units of a group together.
+        keep_last: leave the last FFN of each attention-free run alone, as arXiv 2503.18908 does.
+        max_kl: KL(original || planned), nats per token, that the whole plan may cost; needed with a model.
+        drop_share: the part of ``max_kl`` that the drops may take, 0..1.
+        max_tokens: measure on so many predicted tokens, not on all of ``batches``.
+        search_tokens: compare edits on so many tokens only; the plan that comes out is measured on all of them.
+        progress: show a bar for each measurement.
+
+    Raises:
+        OptionError: an option out of range, or a model without batches or budget, or these without it.
+        RecordError: the recording is of another model or lacks the score, or the model cannot be evaluated.
+        PlanError: the plan that the recording was made under costs more than ``max_kl`` by itself.
+    """
+    choices = Choices(
+        drop=drop,
+        score=score,
+        max_score=max_score,
+        limits=Limits(max_distance=max_distance, max_width=max_width, keep_last=keep_last),
+        max_kl=max_kl,
+        drop_share=drop_share,
+        max_tokens=max_tokens,
+        search_tokens=search_tokens,
+    )
+    return plan_of(recording, decide(recording, choices, model, batches, progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The options of :func:`make_plan`, which explains them.
+
+    Raises:
+        OptionError: one is out of range.
+    """
+
+    drop: int | float | None = None
+    score: Score = "kl"
+    max_score: float | None = None
+    limits: Limits = field(default_factory=Limits)
+    max_kl: float | None = None
+    drop_share: float = 0.5
+    max_tokens: int | None = None
+    search_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_score(self.score)
+        if self.max_kl is not None and not self.max_kl >= 0:
+            raise OptionError(f"max_kl is a budget in nats per token, not {self.max_kl}")
+        if not 0 <= self.drop_share <= 1:
+            raise OptionError(f"drop_share is a part of max_kl, 0..1, not {self.drop_share}")
+        if self.search_tokens is not None and self.search_tokens < 1:
+            raise OptionError(f"search_tokens must be at least 1, not {self.search_tokens}")
+
+
+def decide(
+    recording: Recording,
+    choices: Choices,
+    model: nn.Module | None = None,
+    batches: Iterable[Batch] | None = None,
+    progress: bool = False,
+) -> list[Decision]:
+    """What :func:`make_plan` decides, edit by edit, with what was measured and why; the plan is what was kept."""
+    if (model is None) != (batches is None):
+        raise OptionError("a plan is measured with a model and batches: give both, or neither")
+    if model is None or batches is None:
+        if choices.max_kl is not None:
+            raise OptionError("max_kl is measured: give model and batches. max_score is what a recording can tell")
+        drop = 0 if choices.drop is None and choices.max_score is None else choices.drop
+        return propose(recording, cheapest(recording, drop, choices.score, choices.max_score), choices.limits)
+    if choices.max_kl is None:
+        raise OptionError("give max_kl: how many nats per token the plan may cost (0.05, say)")
+    recording.check(original(model))
+    count = how_many(recording, choices.drop)
+    meter = Meter(model, batches, choices.max_tokens, choices.search_tokens, progress)
+    return search(
+        recording,
+        cheapest(recording, None if count else 0, choices.score, choices.max_score),
+        choices.limits,
+        meter,
+        choices.max_kl,
+        count=count,
+        drop_share=choices.drop_share,
+        final=meter.final,
+    )

@@ -1,0 +1,88 @@
+"""A model as a plan has it, beside the model itself: for trying plans, many of them or one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxfuse.batches import Model, on_device_of
+from fxfuse.capture import compiled_apart, forget, twin, uncompiled
+from fxfuse.names import elsewhere, guard_modules, names_in, specialise
+from fxfuse.passes.apply_plan import edit
+from fxfuse.passes.base import copy_graph
+from fxfuse.plan import Plan
+from fxfuse.prune import APART
+
+
+class Planned:
+    """``model`` as ``plan`` has it; ``plan`` may be set anew between calls, for the price of rewriting the graphs.
+
+    The model is traced once. A torch.compile for each plan would trace it each time, and Dynamo keeps a part of what it
+    traced for as long as the model lives. Nothing is fused, which is exact.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.plan = Plan()
+        self._model = model
+        self._compiled = compiled_apart(model, self._follow, dynamic=None)
+
+    def __call__(self, **batch: object) -> object:
+        """What the planned model returns, without gradients.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
+        with torch.no_grad(), uncompiled(self._model):
+            return self._compiled(**on_device_of(self._model, batch))
+
+    def _follow(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        own = _copy(gm)
+        names = names_in(self._model, own, inputs)
+        guard_modules(own, names)
+        specialise(own)
+        paths = [names.get(node) for node in own.graph.find_nodes(op="placeholder")]
+        rewritten: tuple[Plan, fx.GraphModule] | None = None
+
+        def run(*inputs: object) -> object:
+            nonlocal rewritten
+            if rewritten is None or rewritten[0] != self.plan:
+                rewritten = self.plan, self._rewritten(own, paths)
+            return rewritten[1](*inputs)
+
+        return run
+
+    def _rewritten(self, gm: fx.GraphModule, paths: list[str | None]) -> fx.GraphModule:
+        made = _copy(gm)
+        placeholders = made.graph.find_nodes(op="placeholder")
+        names = {node: path for node, path in zip(placeholders, paths, strict=True) if path is not None}
+        edit(made, self.plan, names=names, strict=True, elsewhere=elsewhere(self._model, names))
+        return made
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    made = fx.GraphModule(gm, copy_graph(gm.graph))
+    made.meta = dict(gm.meta)
+    return made
+
+
+@contextmanager
+def compiled(model: nn.Module, plan: Plan) -> Iterator[Model]:
+    """``torch.compile(model, backend="ffnfuse")`` under ``plan``, its fused graphs run by eager PyTorch.
+
+    It has no effect on other compilations of the model, nor have they on it, and nothing of it stays afterwards.
+    """
+    handle = twin(model)
+    options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch types the values of inductor's options
+    try:
+        yield torch.compile(handle, backend="ffnfuse", options=options, **APART)
+    finally:
+        forget(handle)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The module itself where ``model`` is what torch.compile returned for it."""
+    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model

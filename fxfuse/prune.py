@@ -1,0 +1,298 @@
+"""Prune: a dropped branch really leaves the model, with its weights and its KV cache.
+
+Dropping attention in a graph leaves its keys and values, because the cache that they are written to is an output. So
+the module is replaced by one that returns zeros, in the layout that the original was seen to return. Which layout that
+is, and whether the module feeds a cache, is learnt from one call with hooks; nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxfuse.errors import PruneError, nearest
+from fxfuse.plan import Plan
+
+log = logging.getLogger(__name__)
+
+APART: Any = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+"""For torch.compile: graphs of our own neither serve the model's other compilations nor count towards their limit."""
+
+Example = tuple[Sequence[object], Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where, among the arguments of a module, something is: position or keyword."""
+
+    key: int | str
+
+    def __call__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one call of a module taught.
+
+    Attributes:
+        hidden: the argument that has the shape of the output: zeros are made like it.
+        layout: the output, with True for the contribution, a ``_Source`` for an argument handed through, else None.
+        dtype: of the contribution, if it is not that of ``hidden``.
+        first: the module writes the first layer of its kind in a KV cache, which carries the sequence's length.
+    """
+
+    hidden: _Source
+    layout: object
+    dtype: torch.dtype | None
+    first: bool
+
+    def zeros(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """What the module returned, with zeros for its contribution."""
+        hidden = self.hidden(args, kwargs)
+        assert isinstance(hidden, Tensor)
+        nothing = torch.zeros_like(hidden, dtype=self.dtype)
+
+        def fill(spot: object) -> object:
+            if spot is True:
+                return nothing
+            return spot(args, kwargs) if isinstance(spot, _Source) else spot
+
+        return tree_map(fill, self.layout)
+
+
+class Dropped(nn.Module):
+    """Stands for a branch that a plan dropped: returns zeros where the branch returned its contribution."""
+
+    def __init__(self, original: nn.Module, seen: _Seen) -> None:
+        super().__init__()
+        for name, value in vars(original).items():
+            if name != "forward" and not name.startswith("_") and not isinstance(value, Tensor | nn.Module):
+                setattr(self, name, value)  # what surrounding code may ask for: layer_idx, config, ...
+        self.training = original.training
+        self._seen = seen
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self._seen.zeros(args, kwargs)
+
+    def extra_repr(self) -> str:
+        return "no weights, no cache"
+
+
+def _count_only(original: nn.Module, seen: _Seen) -> None:
+    """Let a module that must go on writing its cache contribute nothing, under the same names as before."""
+
+    def silence(_: nn.Module, args: Sequence[object], kwargs: dict[str, object], output: object) -> object:
+        return seen.zeros(args, kwargs)
+
+    handle = original.register_forward_hook(silence, with_kwargs=True)
+    original._fxfuse_silenced = handle  # type: ignore[assignment]  # a plain attribute: torch types modules' as tensors
+
+
+def is_dropped(module: nn.Module) -> bool:
+    """Whether :func:`prune` took this module's contribution away."""
+    return isinstance(module, Dropped) or hasattr(module, "_fxfuse_silenced")
+
+
+def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.Module:
+    """Take the branches that ``plan`` drops out of ``model``, in place; returns it.
+
+    ``args`` and ``kwargs`` are one example call; a Hugging Face model needs none. Before anything is changed for good,
+    the pruned model's outputs are compared with those of the dropped graph; if they differ the model is put back.
+
+    The first attention of each cache type keeps its weights and its cache, which carries the sequence's length, and
+    contributes nothing.
+
+    Raises:
+        PruneError: a name is no module, a module is not called exactly once, returns nothing like its input, or its
+            absence is more than zeros in its place.
+    """
+    targets = {name: _module(model, name) for name in plan.drop}
+    targets = {name: module for name, module in targets.items() if not is_dropped(module)}
+    if not targets:
+        return model
+    example = _example(model, args, kwargs)
+    seen = _learn(model, targets, example)
+    wanted = _dropped_outputs(model, Plan(drop=tuple(targets)), example)
+    for name, module in targets.items():
+        if seen[name].first:
+            _count_only(module, seen[name])
+        else:
+            _set(model, name, Dropped(module, seen[name]))
+    difference = _difference(_outputs(_call(model, example)), wanted)
+    if difference:
+        for name, module in targets.items():
+            if seen[name].first:
+                module._fxfuse_silenced.remove()  # type: ignore[operator, union-attr]  # the handle set above
+                del module._fxfuse_silenced
+            else:
+                _set(model, name, module)
+        raise PruneError(
+            f"the model without {', '.join(targets)} is not the model with zeros in its place: {difference}"
+        )
+    counting = [name for name in targets if seen[name].first]
+    if counting:
+        log.info("kept counting, since its cache carries the length of the sequence: %s", ", ".join(counting))
+    return model
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        known = [path for path, _ in model.named_modules()]
+        raise PruneError(
+            f"{name!r} is no module of this model, so it cannot leave it{nearest(name, known)}. "
+            "torch.compile with this plan drops it from the graph"
+        ) from None
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    path, _, own = name.rpartition(".")
+    setattr(model.get_submodule(path), own, module)
+
+
+def _example(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Example:
+    if args or kwargs:
+        return args, _with_cache(model, args, kwargs)
+    given = getattr(model, "dummy_inputs", None)
+    if not isinstance(given, Mapping):
+        raise PruneError("one example call is needed to see what the dropped modules return: pass its arguments")
+    first = next(model.parameters())
+    moved = {key: value.to(first.device) if isinstance(value, Tensor) else value for key, value in given.items()}
+    return (), _with_cache(model, (), moved)
+
+
+def _with_cache(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Mapping[str, object]:
+    """The example call with a KV cache, if the model can have one: ``generate`` will, whatever the example says."""
+    takes = inspect.signature(model.forward)
+    free = "use_cache" in takes.parameters and "use_cache" not in takes.bind_partial(*args).arguments
+    return {**kwargs, "use_cache": True} if free or "use_cache" in kwargs else kwargs
+
+
+def _call(model: nn.Module, example: Example) -> object:
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        with torch.no_grad():
+            return model(*example[0], **example[1])
+    finally:
+        model._compiled_call_impl = compiled
+
+
+def _learn(model: nn.Module, targets: Mapping[str, nn.Module], example: Example) -> dict[str, _Seen]:
+    """Call the model once with hooks on ``targets``."""
+    seen: dict[str, list[_Seen]] = {name: [] for name in targets}
+    handles = []
+    for name, module in targets.items():
+        before: list[list[int]] = []
+
+        def enter(
+            _: nn.Module, args: Sequence[object], kwargs: dict[str, object], before: list[list[int]] = before
+        ) -> None:
+            before.append(_lengths(_cache(args, kwargs)))
+
+        def leave(
+            _: nn.Module,
+            args: Sequence[object],
+            kwargs: dict[str, object],
+            output: object,
+            name: str = name,
+            before: list[list[int]] = before,
+        ) -> None:
+            seen[name].append(_observe(name, args, kwargs, output, before.pop()))
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        _call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, calls in seen.items():
+        if len(calls) != 1:
+            raise PruneError(
+                f"{name!r} was called {len(calls)} times in one call of the model; it leaves only if called once"
+            )
+    return {name: calls[0] for name, calls in seen.items()}
+
+
+def _observe(
+    name: str, args: Sequence[object], kwargs: Mapping[str, object], output: object, before: Sequence[int]
+) -> _Seen:
+    given: list[tuple[_Source, object]] = [(_Source(index), value) for index, value in enumerate(args)]
+    given += [(_Source(key), value) for key, value in kwargs.items()]
+    contribution = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if contribution is None:
+        raise PruneError(f"{name!r} returns no tensor")
+    alike = [source for source, value in given if isinstance(value, Tensor) and value.shape == contribution.shape]
+    if not alike:
+        raise PruneError(f"{name!r} returns {tuple(contribution.shape)}, which is the shape of none of its inputs")
+    hidden = alike[0](args, kwargs)
+    assert isinstance(hidden, Tensor)
+
+    def place(leaf: object) -> object:
+        if leaf is contribution:
+            return True
+        return next((source for source, value in given if value is leaf and leaf is not None), None)
+
+    dtype = contribution.dtype if contribution.dtype != hidden.dtype else None
+    return _Seen(alike[0], tree_map(place, output), dtype, _is_first(_cache(args, kwargs), before))
+
+
+def _cache(args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+    """The KV cache among a module's arguments: what has layers and can tell the length of the sequence."""
+    for value in (*args, *kwargs.values()):
+        if hasattr(value, "get_seq_length") and hasattr(value, "layers"):
+            return value
+    return None
+
+
+def _lengths(cache: object) -> list[int]:
+    return [int(layer.get_seq_length()) for layer in getattr(cache, "layers", ())]
+
+
+def _is_first(cache: object, before: Sequence[int]) -> bool:
+    """Whether the layer of the cache that the module wrote is the first of its type there."""
+    after = _lengths(cache)
+    written = [index for index, length in enumerate(after) if index >= len(before) or length != before[index]]
+    layers = list(getattr(cache, "layers", ()))
+    return any(all(type(layer) is not type(layers[index]) for layer in layers[:index]) for index in written)
+
+
+def _dropped_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:
+    """What the model computes with ``plan``'s branches dropped from its graphs."""
+    options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch hands on what its annotation forbids
+    compiled = torch.compile(model, backend="ffnfuse", options=options)
+    impl, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        with torch.no_grad():
+            return _outputs(compiled(*example[0], **example[1]))
+    finally:
+        model._compiled_call_impl = impl
+
+
+def _outputs(output: object) -> list[Tensor]:
+    """The floating tensors that a call returns, but for those in a cache."""
+    if isinstance(output, Mapping):
+        output = [value for value in output.values() if not hasattr(value, "get_seq_length")]
+    elif isinstance(output, tuple | list):
+        output = [value for value in output if not hasattr(value, "get_seq_length")]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _difference(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> str:
+    if [tensor.shape for tensor in made] != [tensor.shape for tensor in wanted]:
+        return "its outputs have other shapes"
+    for one, other in zip(made, wanted, strict=True):
+        scale = other.double().abs().max().clamp_min(1e-30)
+        error = float((one.double() - other.double()).abs().max() / scale)
+        if not error <= torch.finfo(other.dtype).eps ** 0.5:
+            return f"its outputs differ by {error:.2g} of the largest"
+    return ""

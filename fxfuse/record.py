@@ -1,0 +1,284 @@
+"""Record: which branches depend on which, measured by really dropping each, on the user's own text.
+
+Source: the dependency matrix of FFN Fusion (arXiv 2503.18908, section 4); scores of LLM-Drop (arXiv 2406.15786) and of
+Puzzle (arXiv 2411.19146). The model is traced as torch.compile traces it, and each of its graphs instrumented
+(:mod:`fxfuse.instrument`); nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxfuse.batches import call, check_batch, eval_mode, logits_of, on_device_of
+from fxfuse.capture import compiled_apart, uncompiled
+from fxfuse.errors import OptionError, RecordError
+from fxfuse.instrument import Changed, Instrumented
+from fxfuse.names import elsewhere, guard_modules, names_in, specialise
+from fxfuse.passes.apply_plan import edit
+from fxfuse.passes.base import copy_graph
+from fxfuse.plan import Plan
+from fxfuse.progress import bar
+from fxfuse.recording import BranchRecord, GroupRecord, Recording, model_digest
+from fxfuse.resume import State, digest_batch
+from fxfuse.tally import Tally
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 256
+"""Tokens whose distributions are compared at a time: a vocabulary is large."""
+
+
+def record(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, object]],
+    plan: Plan | None = None,
+    *,
+    max_tokens: int | None = None,
+    max_group: int = 4,
+    resume: str | Path | None = None,
+    progress: bool = False,
+) -> Recording:
+    """Measure what depends on what in ``model``.
+
+    Each batch is run once, and then, for each branch, that part of the model again which comes after the branch, with
+    the branch dropped: m branches cost about m / 2 runs. The model runs in eval mode, without gradients, and is left
+    as it was.
+
+    Args:
+        model: any module that torch.compile traces to one graph.
+        batches: keyword arguments of the model's calls, such as ``{"input_ids": ...}``; a DataLoader serves. Positions
+            where ``attention_mask`` is 0 do not count.
+        plan: what the recorded model follows; measure with the attentions dropped that you are going to drop.
+        max_tokens: stop after the batch that reaches this number.
+        max_group: the longest run of consecutive FFNs that is measured as a group; below 2, none is.
+        resume: a file that keeps the state after each batch; where it exists, the batches that it has seen are passed
+            over. An interrupted recording ends with the same numbers as one that was not. Remove it when done.
+        progress: show a bar on stderr.
+
+    Raises:
+        CaptureError: the model cannot be traced to one graph, or a part of it cannot be run twice.
+        RecordError: no batch; a batch that the model rejects; NaN in a branch; a state of something else.
+        PlanError: the plan does not fit.
+    """
+    recorder = Recorder(model, plan, max_group)
+    state = State(resume, recorder.digest, recorder.settings) if resume is not None else None
+    if state is not None:
+        state.load_into(recorder)
+    with eval_mode(model), bar("recording", "tokens", max_tokens, progress) as advance:
+        for number, batch in enumerate(batches):
+            if max_tokens is not None and recorder.tokens >= max_tokens:
+                break
+            check_batch(number, batch, tokens=False)
+            if state is not None and number < recorder.batches:
+                state.check(number, batch)
+                continue
+            before = recorder.tokens
+            recorder(number, batch)
+            if state is not None:
+                state.save(recorder, digest_batch(batch))
+            advance(recorder.tokens - before)
+    return recorder.result()
+
+
+class Recorder:
+    """Runs a model and measures its branches; ``result()`` is what it has seen so far.
+
+    Attributes:
+        tokens, batches: counted so far.
+        places: the branches, once the model has been called.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan | None, max_group: int) -> None:
+        if max_group < 0:
+            raise OptionError(f"max_group must not be negative, not {max_group}")
+        self.model, self.plan, self.max_group = model, plan or Plan(), max_group
+        self.digest = model_digest(model)
+        self.settings = {"plan": self.plan.model_dump_json(), "max_group": str(max_group)}
+        self.tokens = self.batches = 0
+        self.places: tuple[BranchRecord, ...] = ()
+        self.windows: list[tuple[str, ...]] = []
+        self.tallies: dict[str, Tally] = {}
+        self._called: list[Instrumented] = []
+        self._compiled = compiled_apart(model, self._instrument, dynamic=None)
+
+    def _instrument(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        own = fx.GraphModule(gm, copy_graph(gm.graph))
+        own.meta = dict(gm.meta)
+        names = names_in(self.model, own, inputs)
+        guard_modules(own, names)
+        specialise(own)
+        edit(own, self.plan, names=names, elsewhere=elsewhere(self.model, names))
+        made = Instrumented(own, names, self.max_group)
+        if not made.places:
+            return gm.forward
+
+        def run(*inputs: object) -> object:
+            self._called.append(made)
+            return made(*inputs)
+
+        return run
+
+    def __call__(self, number: int, batch: Mapping[str, object]) -> object:
+        """Call the model with ``batch`` and measure; what the model returned."""
+        self._called.clear()
+        with torch.no_grad(), uncompiled(self.model):
+            output = call(self._compiled, number, on_device_of(self.model, batch))
+            if len(self._called) != 1:
+                raise RecordError(_no_single_graph(len(self._called)))
+            (graph,) = self._called
+            self._meet(graph)
+            self._measure(graph, number, batch, output)
+            graph.forget()
+        self.batches += 1
+        return output
+
+    def _meet(self, graph: Instrumented) -> None:
+        places = tuple(place.record() for place in graph.places)
+        if not self.tallies:
+            self.places, self.windows = places, graph.windows
+            m = len(places)
+            sizes = {"distance": m * m, "cosine": m, "norm_ratio": m, "kl": m}
+            sizes |= {"group": len(self.windows), "group_kl": len(self.windows)}
+            self.tallies = {name: Tally(size) for name, size in sizes.items()}
+        if [place.name for place in places] != [place.name for place in self.places]:
+            raise RecordError("the model has other branches in this batch than in the first: record one kind of call")
+
+    def _measure(self, graph: Instrumented, number: int, batch: Mapping[str, object], output: object) -> None:
+        mask = batch.get("attention_mask")
+        counted = mask if isinstance(mask, Tensor) else None
+        kl = _Divergence(graph, logits_of(output), counted)
+        m = len(graph.places)
+        base = [self._checked(graph.contribution(i), self.places[i].name, number, counted) for i in range(m)]
+        for i in range(m):
+            before, own = _tokens(graph.before(i), counted), base[i]
+            self.tallies["cosine"].add(i, 1 - F.cosine_similarity(before, before + own, dim=-1))
+            self.tallies["norm_ratio"].add(i, own.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30))
+        for i in range(m):
+            changed = graph.dropped(i)
+            for j, contribution in changed.contributions.items():
+                what = f"{self.places[j].name} with {self.places[i].name} dropped"
+                new = self._checked(contribution, what, number, counted)
+                self.tallies["distance"].add(i * m + j, cosine_distance(base[j], new))
+            distances = kl.of(changed)
+            self._finite(distances, f"the logits with {self.places[i].name} dropped", number)
+            self.tallies["kl"].add(i, distances)
+        for index, (names, error, changed) in enumerate(graph.grouped()):
+            counted_error = _tokens(error[..., None], counted)
+            self._finite(counted_error, f"the stream with {' + '.join(names)} in parallel", number)
+            self.tallies["group"].add(index, counted_error)
+            distances = kl.of(changed)
+            self._finite(distances, f"the logits with {' + '.join(names)} in parallel", number)
+            self.tallies["group_kl"].add(index, distances)
+        self.tokens += base[-1].shape[0]
+
+    def _checked(self, contribution: Tensor, what: str, number: int, counted: Tensor | None) -> Tensor:
+        rows = _tokens(contribution, counted)
+        self._finite(rows, what, number)
+        return rows
+
+    @staticmethod
+    def _finite(rows: Tensor, what: str, number: int) -> None:
+        if not bool(torch.isfinite(rows).all()):
+            raise RecordError(
+                f"{what}: NaN or infinity in batch {number}. Are the weights whole? Does the model overflow in this "
+                "dtype? Try float32"
+            )
+
+    def result(self) -> Recording:
+        """The recording of all that was measured.
+
+        Raises:
+            RecordError: nothing was.
+        """
+        if not self.tokens:
+            raise RecordError("nothing was recorded: there was no batch, or no token in any. Give at least one batch")
+        m = len(self.places)
+        distance = self.tallies["distance"]
+        measured = bool(self.tallies["kl"].count.any())
+
+        def kl(name: str) -> Tensor:
+            mean = self.tallies[name].mean()
+            return mean if measured else torch.full_like(mean, torch.nan)
+
+        group, group_kl = self.tallies["group"], kl("group_kl")
+        means, tails = group.mean(), group.quantile(0.99)
+        return Recording(
+            branches=self.places,
+            mean=distance.mean().view(m, m).float(),
+            p99=distance.quantile(0.99).view(m, m).float(),
+            max=distance.largest.view(m, m).float(),
+            cosine=(1 - self.tallies["cosine"].mean()).float(),
+            norm_ratio=self.tallies["norm_ratio"].mean().float(),
+            kl=kl("kl").float(),
+            groups=tuple(
+                GroupRecord(names, float(means[i]), float(tails[i]), float(group.largest[i]), float(group_kl[i]))
+                for i, names in enumerate(self.windows)
+            ),
+            tokens=self.tokens,
+            plan=self.plan,
+            model=self.digest,
+        )
+
+
+def cosine_distance(one: Tensor, other: Tensor) -> Tensor:
+    """``1 - cos`` of vectors ``[..., d]``: ``[...]``, 0..2. As half a squared distance, which small angles survive."""
+    return (F.normalize(one, dim=-1) - F.normalize(other, dim=-1)).square().sum(-1) / 2
+
+
+class _Divergence:
+    """How far changed outputs of a graph are from those of the call that was measured."""
+
+    def __init__(self, graph: Instrumented, logits: Tensor | None, counted: Tensor | None) -> None:
+        self._position = next((p for p, made in enumerate(graph.output) if made is logits), None)
+        self._counted = counted
+        if logits is not None and self._position is not None:
+            self._known = F.log_softmax(_rows(logits, counted).float(), -1)
+
+    def of(self, changed: Changed) -> Tensor:
+        """Nats, float32 ``[tokens]``; nothing at all if the model has no logits."""
+        if self._position is None:
+            return torch.empty(0)
+        if self._position not in changed.outputs:
+            return torch.zeros(len(self._known))  # the change does not reach them
+        others = torch.split(_rows(changed.outputs[self._position], self._counted), _CHUNK)
+        return torch.cat([_kl(p, other) for p, other in zip(torch.split(self._known, _CHUNK), others, strict=True)])
+
+
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """KL(softmax(logits) || softmax(others)) of ``[tokens, vocabulary]``, in nats: float32 ``[tokens]``."""
+    pairs = zip(torch.split(logits, _CHUNK), torch.split(others, _CHUNK), strict=True)
+    return torch.cat([_kl(F.log_softmax(one.float(), -1), other) for one, other in pairs])
+
+
+def _kl(p: Tensor, other: Tensor) -> Tensor:
+    q = F.log_softmax(other.float(), -1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+
+
+def _tokens(values: Tensor, counted: Tensor | None) -> Tensor:
+    """``[..., d]`` as float32 ``[tokens, d]``, of the positions that count."""
+    return _rows(values, counted).float()
+
+
+def _rows(values: Tensor, counted: Tensor | None) -> Tensor:
+    flat = values.flatten(0, -2)
+    if counted is None or counted.numel() != flat.shape[0]:
+        return flat
+    return flat[counted.flatten().bool()]
+
+
+def _no_single_graph(count: int) -> str:
+    if count == 0:
+        return (
+            "no residual stream was found in the model, so nothing can be recorded; fxfuse.explain says what was seen"
+        )
+    return (
+        f"the model's residual stream runs through {count} graphs, and a drop in one could not be followed into the "
+        "next: remove the graph breaks (TORCH_LOGS=graph_breaks shows them)"
+    )

@@ -1,0 +1,82 @@
+"""What every test needs: settings for hypothesis and threads, a clean Dynamo, and a real trained model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from fxfuse.loading import Loaded, load, smollm2_path
+
+# Compilation takes seconds and would trip hypothesis' deadline. Its own "ci" profile has none, and draws the same
+# examples every time.
+settings.register_profile("dev", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores among themselves
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo() -> Iterator[None]:
+    """No compiled graph, and no count towards the recompile limit, survives a test."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny Llama with random weights, float32, two layers, 32 tokens and no tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(pytestconfig: pytest.Config) -> Path:
+    """SmolLM2-135M as a Hugging Face folder, float32, converted once and kept in pytest's cache.
+
+    Reading the GGUF takes half a minute, most of it in parsing 98,000 strings three times; the folder loads in a
+    second.
+    """
+    gguf = smollm2_path()
+    version = metadata.version("transformers")
+    cache = Path(pytestconfig.cache.mkdir("smollm2"))  # type: ignore[union-attr]  # the cache plugin is always on
+    folder = cache / f"{gguf.stem}-{gguf.stat().st_size}-transformers-{version}"
+    if not folder.exists():
+        loaded = load("smollm2")
+        draft = Path(tempfile.mkdtemp(dir=cache))
+        loaded.model.save_pretrained(draft)
+        loaded.tokenizer.save_pretrained(draft)
+        try:
+            draft.rename(folder)  # whole or not at all, whatever the other workers do
+        except OSError:
+            shutil.rmtree(draft)
+            if not folder.exists():
+                raise
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> Callable[[torch.dtype], Loaded]:
+    """``smollm2(torch.float64)``: the trained model, loaded once per dtype and session. Tests must not change it."""
+    loaded: dict[torch.dtype, Loaded] = {}
+
+    def get(dtype: torch.dtype = torch.float32) -> Loaded:
+        if dtype not in loaded:
+            loaded[dtype] = load(str(smollm2_folder), dtype)
+        return loaded[dtype]
+
+    return get

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxfuse.capture import capture
+from fxfuse.graph.census import Census, census
+from tests.tiny import Tower, vectors
+
+
+class Net(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.form:
+            case "pointwise":
+                return torch.tanh(x) + x
+            case "plain":
+                return self.two(torch.tanh(self.one(x)))
+            case "two towers":
+                return self.one(x[:, :4].repeat(1, 2)) + self.two(x[:, 4:].repeat(1, 2))
+            case "scaled by numbers":
+                x = self.one(x) * 0.7 + x * 0.9
+                return self.two(x) + 0.8 * x
+            case "scaled by weights":
+                x = self.one(x) + self.two.bias * x
+                return x * self.one.bias + self.two(x)
+        raise AssertionError
+
+
+def seen(model: nn.Module, x: Tensor) -> Census:
+    (captured,) = capture(model, x)
+    return census(captured.gm)
+
+
+@pytest.mark.parametrize(
+    ("form", "products", "why"),
+    [
+        ("pointwise", {}, "nothing mixes features"),
+        ("plain", {"linear": 2}, "nothing is added"),
+        ("two towers", {"linear": 2}, "no sum has an operand that the other one is computed from"),
+        ("scaled by numbers", {"linear": 2}, "2 sums multiply the stream itself"),
+        ("scaled by weights", {"linear": 2}, "2 sums multiply the stream itself"),
+    ],
+)
+def test_it_says_why_there_is_no_stream(form: str, products: dict[str, int], why: str) -> None:
+    found = seen(Net(form), torch.randn(3, 8))
+
+    assert found.products == products
+    assert why in str(found)
+
+
+def test_it_counts_residual_sums() -> None:
+    found = seen(Tower(3), vectors())
+
+    assert (found.adds, found.sums, found.products) == (3, 3, {"linear": 9})
+
+
+def test_it_names_what_it_does_not_know() -> None:
+    class Unknown(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft(x).abs()
+
+    assert "fft_rfft" in str(seen(Unknown(), torch.randn(3, 8)))

@@ -1,0 +1,109 @@
+"""The rule that picks tiles, for any shape."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxfuse.errors import KernelError
+from fxfuse.kernels.configs import COUNTERS, MAX_SPLIT, TABLE, Config, Gemm, candidates, pick, reach
+from fxfuse.kernels.gpus import GPUS, Gpu, find
+
+H100 = find("h100")
+
+gemms = st.builds(
+    Gemm,
+    kernel=st.sampled_from(["gate_up", "down"]),
+    M=st.one_of(st.integers(1, 130), st.integers(1, 8192)),
+    N=st.integers(1, 300_000),
+    K=st.integers(1, 300_000),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    aligned=st.booleans(),
+)
+gpus = st.sampled_from(list(GPUS.values()))
+
+
+def unsplit(config: Config) -> Config:
+    return replace(config, split=1)
+
+
+@given(gemms, gpus)
+def test_a_pick_is_of_the_table(gemm: Gemm, gpu: Gpu) -> None:
+    config = pick(gemm, gpu)
+    assert unsplit(config) in candidates(gemm, gpu.arch)
+    assert gemm.aligned or not config.tma
+
+
+@given(gemms, gpus)
+def test_only_down_is_split_and_every_program_gets_four_steps(gemm: Gemm, gpu: Gpu) -> None:
+    config = pick(gemm, gpu)
+    if config.split > 1:
+        assert gemm.kernel == "down"
+        assert config.split <= MAX_SPLIT
+        assert config.tiles(gemm) < gpu.multiprocessors <= COUNTERS
+        assert math.ceil(gemm.K / config.depth) / config.split >= 4
+
+
+@given(gemms, gpus)
+def test_few_tokens_read_each_weight_once(gemm: Gemm, gpu: Gpu) -> None:
+    tallest = max(config.rows for config in candidates(gemm, gpu.arch))
+    if min(tallest, 64) >= gemm.M:
+        assert pick(gemm, gpu).rows >= gemm.M
+
+
+@given(gemms, gpus)
+def test_no_smaller_tile_would_fill_more_of_the_gpu(gemm: Gemm, gpu: Gpu) -> None:
+    config = pick(gemm, gpu)
+    if gemm.M <= 64 and config.tiles(gemm) < gpu.multiprocessors:
+        same = [other for other in candidates(gemm, gpu.arch) if other.rows == config.rows]
+        assert config.columns == min(other.columns for other in same)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: str(TABLE.index(row)))
+def test_every_config_is_picked_by_some_shape(row) -> None:
+    """A config that nothing picks is dead weight, unless it is there for `tune` to try."""
+    dtype = torch.float32 if row.bits == 32 else torch.bfloat16
+    shapes = (
+        Gemm(row.kernel, M, N, 16384, dtype, row.aligned)
+        for M in (1, 16, 32, 64, 96, 128, 256, 512, 1024, 2048, 8192)
+        for N in (256, 576, 1024, 2048, 4096, 8192, 28672, 212_992)
+    )
+    gpus = [gpu for gpu in GPUS.values() if gpu.arch in row.arch]
+    assert any(unsplit(pick(shape, gpu)) == row.config for shape in shapes for gpu in gpus)
+
+
+def test_a_last_wave_that_is_nearly_empty_is_avoided() -> None:
+    # 128 tiles of 128 x 256 are one wave of 132; 256 of 128 x 128 would be two.
+    assert pick(Gemm("down", 2048, 2048, 8192, torch.bfloat16), H100).columns == 256
+    # 144 would be two waves, the second nearly empty.
+    assert pick(Gemm("down", 2048, 2304, 8192, torch.bfloat16), H100).columns == 128
+
+
+def test_a_deep_down_with_few_tokens_is_split() -> None:
+    config = pick(Gemm("down", 1, 2048, 4 * 8192, torch.bfloat16), H100)
+    assert config.split > 1
+    assert config.tiles(Gemm("down", 1, 2048, 4 * 8192, torch.bfloat16)) * config.split >= H100.multiprocessors
+
+
+def test_reach_grows_with_the_tile() -> None:
+    assert reach(64, 64) < reach(128, 64) < reach(128, 128) < reach(128, 256) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [(80, 80), (86, 86), (87, 80), (89, 86), (90, 90), (100, 80), (120, 86)]
+)
+def test_newer_gpus_run_what_fits_them(capability: int, arch: int) -> None:
+    assert Gpu("some", capability, 100).arch == arch
+
+
+def test_what_is_not_supported_is_named() -> None:
+    gemm = Gemm("down", 1, 16, 16, torch.bfloat16)
+    with pytest.raises(KernelError, match="T4 is sm_75"):
+        pick(gemm, Gpu("T4", 75, 40))
+    with pytest.raises(KernelError, match="not float64"):
+        pick(replace(gemm, dtype=torch.float64), H100)
+    with pytest.raises(KernelError, match="a100, a10, a6000"):
+        find("tpu")

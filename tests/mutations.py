@@ -1,0 +1,139 @@
+"""Do the tests notice? Break the library in known ways, one at a time, and see the suite go red.
+
+    python tests/mutations.py            # every mutation; exits 1 if one survives
+    python tests/mutations.py scale norm # those whose names contain one of the words
+
+Each mutation is a textual edit of a copy of the package. One whose text is no longer there is an error, so that this
+list cannot rot unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace ``old`` by ``new``, once, in ``file``; ``tests`` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FUSE = ("tests/passes/test_fuse_ffn.py",)
+
+MUTATIONS = (
+    Mutation(
+        "swap two norms",
+        "fxfuse/passes/wide.py",
+        "weights = [pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in order]",
+        "gains = [ffn.normed.gain for ffn, _ in order][::-1]\n"
+        "    weights = [pack.weight_of(graph, slot, gain) for (_, slot), gain in zip(order, gains)]",
+        FUSE,
+    ),
+    Mutation(
+        "lose a bias",
+        "fxfuse/passes/wide.py",
+        "part if part is not None else pack.zeros_for(graph, projection)",
+        "pack.zeros_for(graph, projection)",
+        FUSE,
+    ),
+    Mutation(
+        "lose the bias of down",
+        "fxfuse/passes/wide.py",
+        'return pack.total(graph, biases, f"down bias of {names}") if biases else None',
+        "return None",
+        FUSE,
+    ),
+    Mutation(
+        "read the stream one branch late",
+        "fxfuse/passes/parallelize.py",
+        "point = self._stream.points[self._stream.levels[branch.read]]",
+        "point = self._stream.points[min(self._stream.levels[branch.read] + 1, len(self._stream.sums) - 1)]",
+        ("tests/passes/test_parallelize.py",),
+    ),
+    Mutation(
+        "forget a scale",
+        "fxfuse/passes/wide.py",
+        "return scales[0], [1.0] * len(scales)",
+        "return Scale(), [1.0] * len(scales)",
+        FUSE,
+    ),
+    Mutation(
+        "skip a repack",
+        "fxfuse/weights.py",
+        "if bound is None or bound.stamp != _stamp(members):",
+        "if bound is None:",
+        ("tests/test_weights.py", "-k", "stale"),
+    ),
+    Mutation(
+        "forget the shift of a norm",
+        "fxfuse/passes/wide.py",
+        "pack.bias_of(graph, slot, ffn.normed.shift)",
+        "pack.bias_of(graph, slot)",
+        FUSE,
+    ),
+    Mutation(
+        "take another eps for the same norm",
+        "fxfuse/passes/form.py",
+        ', repr(found.args.get("eps")))',
+        ")",
+        ("tests/passes/test_fuse_ffn.py",),
+    ),
+)
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the tests stay green with the mutation in place."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("fxfuse", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        file = copy / mutation.file
+        text = file.read_text()
+        if text.count(mutation.old) != 1:
+            raise SystemExit(
+                f"{mutation.name}: {mutation.file} no longer has its text once; bring tests/mutations.py up to date"
+            )
+        file.write_text(text.replace(mutation.old, mutation.new))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+            *mutation.tests,
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(copy), "CI": "1"}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"{mutation.name}: the tests could not run\n{done.stdout}\n{done.stderr}")
+        where = next((line for line in done.stdout.splitlines() if line.startswith("FAILED")), "").split(" - ")[0]
+        print(f"{'SURVIVES' if done.returncode == 0 else 'caught  '}  {mutation.name}  {where}", flush=True)
+        return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    chosen = [each for each in MUTATIONS if not words or any(word in each.name for word in words)]
+    survivors = [each for each in chosen if survives(each)]
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fxfuse import Plan, PlanError
+from fxfuse.plan import flat
+
+PLANS = [
+    Plan(),
+    Plan(drop=["l.0.attn"]),
+    Plan(parallel=[["l.0.mlp", "l.1.mlp"]]),
+    Plan(drop=["l.3.attn", "@7"], parallel=[["l.0.mlp", "l.1.mlp", "l.2.mlp"], [["l.4.attn", "l.4.mlp"], "l.5.mlp"]]),
+    Plan(drop=['l."quoted".\u00e9\u4e2d']),
+]
+
+
+class TestValidation:
+    @pytest.mark.parametrize(
+        ("entries", "words"),
+        [
+            ({"drop": ["a", "b", "a"]}, ["'a'", "drop[0]", "drop[2]"]),
+            ({"drop": ["a"], "parallel": [["b", "c"], ["d", "a"]]}, ["'a'", "drop[0]", "parallel[1]"]),
+            ({"parallel": [["a", "b"], ["b", "c"]]}, ["'b'", "parallel[0]", "parallel[1]"]),
+            ({"parallel": [["a", "a"]]}, ["'a'", "parallel[0]"]),
+            ({"parallel": [[["a", "a"], "b"]]}, ["'a'", "parallel[0]"]),
+            ({"parallel": [["a", "b"], ["c"]]}, ["parallel[1]", "1 member", "at least two"]),
+            ({"parallel": [[]]}, ["parallel[0]", "0 member"]),
+            ({"parallel": [["a", "b"], ["c", []]]}, ["parallel[1]", "empty private sequence"]),
+            ({"drop": ["a", ""]}, ["drop[1]", "empty name"]),
+            ({"drop": [" "]}, ["drop[0]", "empty name"]),
+            ({"parallel": [["a", ""]]}, ["parallel[0]", "empty name"]),
+            ({"drop": ["a", 3]}, ["drop[1]", "3"]),
+            ({"drop": [None]}, ["drop[0]", "None"]),
+            ({"drop": "l.0.attn"}, ["drop", "l.0.attn"]),
+            ({"drop": {"a": 1}}, ["drop", "'a'"]),
+            ({"parallel": ["l.0.mlp", "l.1.mlp"]}, ["parallel[0]", "l.0.mlp"]),
+            ({"parallel": [["a", 7]]}, ["parallel[0][1]", "7"]),
+            ({"parallel": [["a", ["b", 7]]]}, ["parallel[0][1]", "7"]),
+            ({"parallel": [["a", [["b", "c"], "d"]]]}, ["parallel[0][1]"]),
+            ({"paralel": [["a", "b"]]}, ["'paralel'", "version, drop and parallel"]),
+            ({"version": 2}, ["version 2", "reads 1"]),
+            ({"version": "1"}, ["version '1'", "reads 1"]),
+            ({"version": None}, ["version None", "reads 1"]),
+        ],
+    )
+    def test_an_error_names_the_entry_at_fault(self, entries: dict[str, object], words: list[str]) -> None:
+        with pytest.raises(PlanError) as caught:
+            Plan(**entries)
+
+        message = str(caught.value)
+        assert all(word in message for word in words), message
+        assert "\n" not in message
+
+    @pytest.mark.parametrize("plan", PLANS)
+    def test_a_plan_is_true_exactly_if_it_changes_something(self, plan: Plan) -> None:
+        assert bool(plan) == (plan != Plan())
+
+    def test_names_are_those_of_all_branches_in_the_order_of_the_plan(self) -> None:
+        plan = PLANS[3]
+
+        assert plan.names == ("l.3.attn", "@7", "l.0.mlp", "l.1.mlp", "l.2.mlp", "l.4.attn", "l.4.mlp", "l.5.mlp")
+        assert flat(plan.parallel[1]) == ("l.4.attn", "l.4.mlp", "l.5.mlp")
+
+
+class TestImmutability:
+    @pytest.mark.parametrize("field", ["version", "drop", "parallel", "other"])
+    def test_no_field_can_be_set(self, field: str) -> None:
+        with pytest.raises(ValidationError):
+            setattr(Plan(), field, ())
+
+    def test_a_plan_does_not_follow_the_lists_it_was_made_of(self) -> None:
+        drop, group, sequence = ["a"], ["b", "c"], ["d", "e"]
+        plan = Plan(drop=drop, parallel=[[*group, sequence]])
+        before = pickle.dumps(plan)
+        for each in (drop, group, sequence):
+            each.append("z")
+
+        assert pickle.dumps(plan) == before
+
+    @pytest.mark.parametrize("plan", PLANS)
+    def test_a_plan_is_hashable_and_survives_pickle(self, plan: Plan) -> None:
+        again = pickle.loads(pickle.dumps(plan))
+
+        assert again == plan
+        assert hash(again) == hash(plan)
+
+
+class TestFile:
+    @pytest.mark.parametrize("plan", PLANS)
+    def test_what_was_saved_is_what_is_loaded(self, plan: Plan, tmp_path: Path) -> None:
+        plan.save(tmp_path / "plan.json")
+
+        assert Plan.load(tmp_path / "plan.json") == plan
+        assert Plan.load(str(tmp_path / "plan.json")) == plan
+        assert os.listdir(tmp_path) == ["plan.json"]
+
+    def test_it_is_json_that_a_person_can_write(self, tmp_path: Path) -> None:
+        PLANS[3].save(tmp_path / "plan.json")
+        data = json.loads((tmp_path / "plan.json").read_text())
+
+        assert data["version"] == 1
+        assert data["parallel"] == [["l.0.mlp", "l.1.mlp", "l.2.mlp"], [["l.4.attn", "l.4.mlp"], "l.5.mlp"]]
+        assert Plan.from_json('{"drop": ["a"]}') == Plan(drop=["a"])
+
+    def test_a_relative_path_is_saved_where_it_points(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        PLANS[1].save("plan.json")
+
+        assert Plan.load(tmp_path / "plan.json") == PLANS[1]
+
+    def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = tmp_path / "plan.json"
+        PLANS[1].save(target)
+
+        def full(*args: object) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="disk full"):
+            PLANS[2].save(target)
+
+        assert Plan.load(target) == PLANS[1]
+        assert os.listdir(tmp_path) == ["plan.json"]
+
+    def test_a_reader_never_sees_a_part_of_a_file(self, tmp_path: Path) -> None:
+        target = tmp_path / "plan.json"
+        long = Plan(drop=[f"layers.{index}.attention" for index in range(2000)])
+        PLANS[1].save(target)
+        done = threading.Event()
+
+        def write() -> None:
+            for _ in range(50):
+                long.save(target)
+                PLANS[1].save(target)
+            done.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        seen = set()
+        while not done.is_set():
+            seen.add(len(Plan.load(target).drop))
+        writer.join()
+
+        assert seen <= {1, 2000}
+
+    @pytest.mark.parametrize("plan", PLANS)
+    def test_a_file_cut_at_any_byte_is_an_error_that_names_it(self, plan: Plan, tmp_path: Path) -> None:
+        target = tmp_path / "plan.json"
+        plan.save(target)
+        whole = target.read_bytes()
+        assert whole.endswith(b"}\n")
+
+        for size in range(len(whole) - 1):  # the last byte is a line's end
+            target.write_bytes(whole[:size])
+            with pytest.raises(PlanError, match="plan.json"):
+                Plan.load(target)
+
+    @pytest.mark.parametrize(
+        ("content", "word"),
+        [
+            (b"[]", "list"),
+            (b"null", "NoneType"),
+            (b"\xff\xfe", "cannot be read"),
+            (b'{"drop": ["a", "a"]}', "'a'"),
+            (b'{"version": 2}', "version 2"),
+            (b'{"droop": []}', "'droop'"),
+            (b'{"drop": NaN}', "drop"),
+            (b"[" * 100_000, "not JSON"),
+            (b'{"drop": ["a"], "drop": []}', "'drop'"),
+        ],
+    )
+    def test_what_is_no_plan_is_an_error_that_names_file_and_fault(
+        self, content: bytes, word: str, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "plan.json"
+        target.write_bytes(content)
+
+        with pytest.raises(PlanError, match="plan.json") as caught:
+            Plan.load(target)
+        assert word in str(caught.value)
+
+    def test_a_missing_file_and_a_folder_are_errors_that_name_the_path(self, tmp_path: Path) -> None:
+        for path in (tmp_path / "none.json", tmp_path):
+            with pytest.raises(PlanError, match="cannot be read") as caught:
+                Plan.load(path)
+            assert str(path) in str(caught.value)

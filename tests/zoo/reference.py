@@ -1,0 +1,87 @@
+"""A model under a plan, computed by the model's own modules and hooks on its layers. Never imports fxfuse.
+
+What a layer adds to the stream is ``layer(h) - h``, whatever stands in it. Where its attention is silenced, that is
+what its FFN adds, norms, scales and gates included. So layers whose FFNs stand in parallel are computed by giving each
+of them the stream that the first one reads, and adding up what they add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.zoo.anatomy import Block
+
+
+@contextmanager
+def in_parallel(blocks: Sequence[Block]) -> Iterator[None]:
+    """The model computes, until the end of the block, what it would if ``blocks``, which follow each other, did this:
+    their attention and other mixers of tokens add nothing, and their FFNs all read what the first one reads.
+
+    Raises:
+        ValueError: a layer does not take and return the stream.
+    """
+    run = _Run()
+    handles = []
+    for block in blocks:
+        handles.append(block.module.register_forward_pre_hook(run.enter, with_kwargs=True))
+        handles.append(block.module.register_forward_hook(run.leave))
+    try:
+        with silenced(blocks):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def silenced(blocks: Sequence[Block]) -> Iterator[None]:
+    """The attention and other mixers of tokens of ``blocks`` add nothing, until the end of the block."""
+    sites = [site for block in blocks for site in block.sites if site.part in ("attention", "mixer")]
+    handles = [site.last.register_forward_hook(lambda module, args, out: torch.zeros_like(out)) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Run:
+    """The layers of one group, as they are called one after the other."""
+
+    def __init__(self) -> None:
+        self._start: Tensor | None = None  # the stream that all of them read
+        self._sum: Tensor | None = None  # it, and what they have added so far
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        key = "hidden_states"
+        given = args[0] if args else kwargs.get(key)
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            raise ValueError(f"{type(module).__name__} does not take the stream first")
+        if self._start is None:
+            self._start = self._sum = given
+        elif given is not self._sum:
+            raise ValueError(f"{type(module).__name__} does not follow the layer before it")
+        return ((self._start, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, key: self._start})
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        made = out[0] if isinstance(out, tuple) else out
+        if self._start is None or self._sum is None or not isinstance(made, Tensor) or made.shape != self._start.shape:
+            raise ValueError(f"{type(module).__name__} does not return the stream first")
+        self._sum = made - self._start + self._sum
+        return (self._sum, *out[1:]) if isinstance(out, tuple) else self._sum
+
+
+def outputs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The first tensor that a model returns: its logits, or its last hidden state."""
+    with torch.no_grad():
+        made = model(**inputs)
+    if isinstance(made, Tensor):
+        return made
+    return next(value for value in (made.values() if isinstance(made, Mapping) else made) if isinstance(value, Tensor))

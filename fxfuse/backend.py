@@ -66,6 +66,7 @@ def ffnfuse(
             strict=chosen.strict,
             share=chosen.weights == "share",
             merge=chosen.merge_gate_up,
+            kernels=chosen.kernels,
             elsewhere=elsewhere(root, names),
             inputs=example_inputs if chosen.verify else None,
             verify=chosen.verify,

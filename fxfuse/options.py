@@ -11,6 +11,7 @@ from typing import TypeAlias, get_args
 from torch import Tensor, fx
 
 from fxfuse.errors import OptionError, nearest
+from fxfuse.passes.kernel import Kernels
 from fxfuse.plan import Plan
 from fxfuse.weights import Mode
 
@@ -72,6 +73,8 @@ class Options:
         inner_options: inductor's own options, such as ``{"max_autotune": True}``.
         weights: "copy" keeps packed weights beside the model's own; "share" makes the model's own weights views of the
             packed ones: no second copy, but a batch of GEMMs instead of one, and only for FFNs of one width.
+        kernels: what computes wide FFNs: "auto", fxfuse's Triton kernels on GPUs that can run them and ATen elsewhere;
+            "fxfuse", its ops on every device; "aten", never.
         merge_gate_up: let FFNs that no plan fuses compute gate and up in one GEMM, at the price of a copy.
         strict: a name of the plan that no branch has is an error, not a warning.
         verify: compare all that is fused with what it replaces, in float64 on the inputs that a graph is made for; a
@@ -84,6 +87,7 @@ class Options:
     inner: str | Compiler = "inductor"
     inner_options: Mapping[str, object] = field(default_factory=dict)
     weights: Mode = "copy"
+    kernels: Kernels = "auto"
     merge_gate_up: bool = False
     strict: bool = False
     verify: bool = False
@@ -115,6 +119,10 @@ class Options:
             raise OptionError(f"option 'max_rewrites' is a number of fusions, 0 or more, not {most!r}")
         if values.get("weights", "copy") not in get_args(Mode):
             raise OptionError(f"option 'weights' is 'copy' or 'share', not {values['weights']!r}")
+        if values.get("kernels", "auto") not in get_args(Kernels):
+            raise OptionError(f"option 'kernels' is 'auto', 'fxfuse' or 'aten', not {values['kernels']!r}")
+        if values.get("kernels") == "fxfuse" and values.get("weights") == "share":
+            raise OptionError("option 'kernels': fxfuse's kernels read packed copies; leave out weights='share'")
         inner = values.get("inner", "inductor")
         if not isinstance(inner, str) and not callable(inner):
             raise OptionError(f"option 'inner' is the name of a backend or a function, not {inner!r}")

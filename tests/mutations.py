@@ -37,9 +37,8 @@ MUTATIONS = (
     Mutation(
         "swap two norms",
         "fxfuse/passes/wide.py",
-        "weights = [pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in order]",
-        "gains = [ffn.normed.gain for ffn, _ in order][::-1]\n"
-        "    weights = [pack.weight_of(graph, slot, gain) for (_, slot), gain in zip(order, gains)]",
+        "pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in zip(ffns, column, strict=True)",
+        "pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in zip(ffns[::-1], column, strict=True)",
         FUSE,
     ),
     Mutation(
@@ -83,6 +82,20 @@ MUTATIONS = (
         "pack.bias_of(graph, slot, ffn.normed.shift)",
         "pack.bias_of(graph, slot)",
         FUSE,
+    ),
+    Mutation(
+        "forget the eps of a norm that a kernel computes",
+        "fxfuse/passes/kernel.py",
+        "None, None, eps, kernel.activation.name)",
+        "None, None, None if eps is None else 0.0, kernel.activation.name)",
+        ("tests/passes/test_kernel.py",),
+    ),
+    Mutation(
+        "let a kernel add to the stream what is added already",
+        "fxfuse/passes/kernel.py",
+        "total.replace_all_uses_with(node)",
+        "total.replace_all_uses_with(node, delete_user_cb=lambda user: user.op != 'output')",
+        ("tests/passes/test_kernel.py",),
     ),
     Mutation(
         "take another eps for the same norm",

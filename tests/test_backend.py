@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
 from fxfuse import Plan, PlanError
+from fxfuse.cpu import PASS
 from fxfuse.errors import OptionError
 from fxfuse.passes import REPORTS
 from tests.models.checks import assert_exact
@@ -230,10 +231,10 @@ class TestOptions:
     def test_inductor_gets_its_own_options_and_the_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from torch._inductor import compile_fx
 
-        given: list[object] = []
+        given: list[dict[str, object]] = []
 
-        def compiler(gm: fx.GraphModule, inputs: list[Tensor], config_patches: object = None) -> Callable[..., Any]:
-            given.append(config_patches)
+        def compiler(gm: fx.GraphModule, inputs: list[Tensor], config_patches: dict[str, object]) -> Callable[..., Any]:
+            given.append({name: value for name, value in config_patches.items() if name != PASS})
             return gm.forward
 
         monkeypatch.setattr(compile_fx, "compile_fx", compiler)
@@ -243,7 +244,7 @@ class TestOptions:
         run(torch.compile(Tower(2), backend="ffnfuse", options={"inner_options": own}), vectors())
         run(torch.compile(Tower(2), backend="ffnfuse", mode=mode), vectors())
 
-        assert given == [None, own, torch._inductor.list_mode_options(mode)]
+        assert given == [{}, own, torch._inductor.list_mode_options(mode)]
 
     def test_the_callers_dict_stays_as_it_is(self, tmp_path: Path) -> None:
         Plan(drop=["layers.0.mlp"]).save(tmp_path / "plan.json")

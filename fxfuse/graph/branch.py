@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -42,7 +42,6 @@ class Branch:
         reason: why it cannot be a part of a wide one, in words; empty if it can.
     """
 
-    name: str
     kind: Kind
     read: fx.Node
     terms: tuple[Term, ...]
@@ -53,6 +52,7 @@ class Branch:
     gate_up: GateUp | None = None
     reason: str = ""
     nodes: frozenset[fx.Node] = field(default=frozenset(), repr=False)
+    name: str = ""
 
     @property
     def scale(self) -> Scale:
@@ -103,11 +103,14 @@ def _called(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)) if node.op == "call_function" else ""
 
 
-def base_name(body: Iterable[fx.Node], weights: Mapping[fx.Node, str], weight_only: set[fx.Node]) -> str:
+def base_name(
+    body: Iterable[fx.Node], weights: Mapping[fx.Node, str], weight_only: set[fx.Node], tied: Container[fx.Node] = ()
+) -> str:
     """The deepest module path that holds all parameters of a branch but those of its norms.
 
     A norm's parameters are the vectors used before the first matrix product of the branch, or after its last. Buffers
-    count only where there is no parameter.
+    count only where there is no parameter, and so do weights that are ``tied``: several branches use them, under a
+    name that is right for one of them at most.
     """
     nodes = list(body)
     inside = set(nodes)
@@ -123,6 +126,7 @@ def base_name(body: Iterable[fx.Node], weights: Mapping[fx.Node, str], weight_on
     held = parameters_of(core, weights, weight_only)
     # Tables of angles or masks often belong to the whole model.
     held = tuple(node for node in held if not is_buffer(node)) or held
+    held = tuple(node for node in held if node not in tied) or held
     named = [weights[node] for node in held if weights[node]] + _held_by_modules(core)
     if not named:
         named = [weights[node] for node in parameters_of(nodes, weights, weight_only) if weights[node]]
@@ -181,14 +185,16 @@ STAMP = "fxfuse_branch"
 """Key of ``node.meta`` under which a term carries its branch's name through the passes."""
 
 
-def name_branches(branches: list[Branch]) -> None:
+def name_branches(branches: list[Branch], weights: Mapping[fx.Node, str], weight_only: set[fx.Node]) -> None:
     """Give each branch of a graph, in stream order, a name of its own: ``@k`` where the modules' paths do not serve.
 
     A branch that a pass has stamped keeps its name, whatever became of its neighbours.
     """
+    users = Counter(node for branch in branches for node in branch.parameters)
+    tied = {node for node, count in users.items() if count > 1}
     for branch in branches:
         stamped = [str(term.node.meta[STAMP]) for term in branch.terms if STAMP in term.node.meta]
-        branch.name = "+".join(dict.fromkeys(stamped)) or branch.name
+        branch.name = "+".join(dict.fromkeys(stamped)) or base_name(branch.body, weights, weight_only, tied)
     counts = Counter(branch.name for branch in branches)
     for index, branch in enumerate(branches):
         if not branch.name or counts[branch.name] > 1:

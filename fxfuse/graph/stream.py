@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfuse.errors import PlanError, nearest
-from fxfuse.graph.branch import KEPT, STAMP, Branch, Term, base_name, kind_of, name_branches, parameters_of
+from fxfuse.graph.branch import KEPT, Branch, Term, kind_of, name_branches, parameters_of
 from fxfuse.graph.ffn import Recogniser, mixes
 from fxfuse.graph.sums import Sum, find_chains, link, unlinked
 from fxfuse.graph.values import parameters, weight_only
@@ -68,7 +68,8 @@ def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None)
         for branch in stream.branches:
             inside |= branch.nodes
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
-    name_branches([b for s in sorted(kept, key=lambda s: order[s.sums[0].out]) for b in s.branches])
+    in_order = sorted(kept, key=lambda stream: order[stream.sums[0].out])
+    name_branches([branch for stream in in_order for branch in stream.branches], weights, constant)
     return tuple(kept)
 
 
@@ -169,7 +170,6 @@ class _Finder:
         if kind in ("attention", "moe"):
             gate_up, reason = None, {"attention": "attention", "moe": "routed experts"}[kind]
         return Branch(
-            name="" if STAMP in terms[0].node.meta else base_name(nodes, self._weights, self._constant),
             kind=kind,
             read=read,
             terms=tuple(terms),

@@ -5,6 +5,7 @@
 3. ``drop``, then ``parallelize``: the plan, the only approximation.
 4. ``fuse_ffn``: what stands in parallel becomes wide.
 5. ``merge_gate_up``: what could not shares its gate/up, and what stands alone has one of its own if asked for.
+6. what fxfuse's own kernels compute adds itself to the stream, where it can.
 
 All or nothing: if a pass raises, the graph is as it was.
 """
@@ -24,6 +25,7 @@ from fxfuse.graph.values import clean, name_weights, names_in
 from fxfuse.passes.base import PassReport, transaction
 from fxfuse.passes.drop import drop
 from fxfuse.passes.fuse_ffn import fuse_ffn
+from fxfuse.passes.kernel import Kernels, add_in_kernel
 from fxfuse.passes.merge_gate_up import merge_gate_up
 from fxfuse.passes.parallelize import parallelize
 from fxfuse.passes.select import branch_names
@@ -47,6 +49,7 @@ def apply_plan(
     strict: bool = False,
     share: bool = False,
     merge: bool = False,
+    kernels: Kernels = "auto",
     elsewhere: Callable[[str], bool] = lambda name: False,
     root: nn.Module | None = None,
     inputs: Sequence[object] | None = None,
@@ -62,6 +65,7 @@ def apply_plan(
         names: the dotted names of weights, by node, where the caller knows better than the graph.
         strict: a dropped name that no branch has is an error, not a warning.
         share: see :func:`fxfuse.passes.fuse_ffn`.
+        kernels: see :func:`fxfuse.passes.fuse_ffn`.
         merge: also run :func:`fxfuse.passes.merge_gate_up`.
         elsewhere: tells whether a name that is not in this graph belongs to another part of the model (graph breaks)
             or has left it already (pruned), so that it is no mistake.
@@ -83,9 +87,10 @@ def apply_plan(
         if root is not None:
             names = {**names_in(root, gm, inputs), **(names or {})}
         reports = edit(gm, plan, names=names, strict=strict, elsewhere=elsewhere, inputs=inputs)
-        reports.append(fuse_ffn(gm, share, inputs=inputs, verify=verify, max_rewrites=max_rewrites))
+        reports.append(fuse_ffn(gm, share, kernels=kernels, inputs=inputs, verify=verify, max_rewrites=max_rewrites))
         left = None if max_rewrites is None else max_rewrites - len(reports[-1].done)
         reports.append(merge_gate_up(gm, share, alone=merge, inputs=inputs, verify=verify, max_rewrites=left))
+        add_in_kernel(gm.graph)
     for report in reports:
         log.debug("%s", report)
     gm.meta[REPORTS] = tuple(reports)

@@ -22,6 +22,7 @@ from fxfuse.graph.sums import Sum
 from fxfuse.graph.values import shape
 from fxfuse.passes.base import Edit, PassReport, erase_dead, resum, transaction
 from fxfuse.passes.form import difference, form
+from fxfuse.passes.kernel import Kernel, Kernels, kernel_of
 from fxfuse.passes.normal import normal_streams
 from fxfuse.passes.verify import Verifier
 from fxfuse.passes.wide import emit_batched, emit_wide
@@ -31,6 +32,7 @@ def fuse_ffn(
     gm: fx.GraphModule,
     share: bool = False,
     *,
+    kernels: Kernels = "auto",
     inputs: Sequence[object] | None = None,
     verify: bool = False,
     max_rewrites: int | None = None,
@@ -42,6 +44,8 @@ def fuse_ffn(
         share: use the weights as they are, so that the packed tensors can be the model's own memory: gains stay
             outside, and the wide FFN is a batch of GEMMs of one size instead of one GEMM. FFNs of different widths do
             not fuse then.
+        kernels: what computes them: fxfuse's own kernels on GPUs and ATen elsewhere ("auto"), or always "fxfuse" or
+            "aten". Of shared weights and of what the kernels cannot express ATen does, and the report says so.
         inputs: example inputs of the graph, for ``verify``.
         verify: compare each wide FFN with the FFNs it replaces, in float64 on ``inputs``.
         max_rewrites: how many sets to fuse at most, the first ones in stream order.
@@ -65,12 +69,18 @@ def fuse_ffn(
                 if sum(branch.kind in ("gated_ffn", "ffn") for branch in each.branches) > 1:
                     sets += _alike(each, share, numbering, rewritten, region, report)
         fused = sets if max_rewrites is None else sets[:max_rewrites]
-        report.done += [Edit(each.names, "fused", f"one FFN of width {each.width}") for each in fused]
+        how = {each: "weights='share'" if share else kernel_of(each.branches, kernels) for each in fused}
+        report.done += [Edit(each.names, "fused", _detail(each, how[each], kernels)) for each in fused]
         report.refused += [Edit(each.names, "fuse", "max_rewrites is spent") for each in sets[len(fused) :]]
         # Backwards, so that the points which a sum's branches read are still those that the stream knows.
         for residual in dict.fromkeys(each.residual for each in reversed(fused)):
-            _write(gm.graph, residual, [each for each in fused if each.residual is residual], share, verifier)
+            _write(gm.graph, residual, [each for each in fused if each.residual is residual], share, how, verifier)
     return report
+
+
+def _detail(each: _Set, how: Kernel | str, kernels: Kernels) -> str:
+    computed = "fxfuse's kernels" if isinstance(how, Kernel) else f"ATen, because {how}" if kernels == "fxfuse" else ""
+    return f"one FFN of width {each.width}" + (f", by {computed}" if computed else "")
 
 
 @dataclass(frozen=True)
@@ -123,12 +133,23 @@ def _alike(
     return [_Set(each, tuple(branches)) for branches in alike.values() if len(branches) > 1]
 
 
-def _write(graph: fx.Graph, residual: Sum, sets: Sequence[_Set], share: bool, verifier: Verifier | None) -> None:
+def _write(
+    graph: fx.Graph,
+    residual: Sum,
+    sets: Sequence[_Set],
+    share: bool,
+    how: Mapping[_Set, Kernel | str],
+    verifier: Verifier | None,
+) -> None:
     """Write the wide FFNs of one sum, and the sum anew with them instead of their members."""
     wide: list[Term] = []
     for each in sets:
         with graph.inserting_before(residual.out):
-            made = emit_batched(graph, each.branches) if share else emit_wide(graph, each.branches)
+            kernel = how[each]
+            if share:
+                made = emit_batched(graph, each.branches)
+            else:
+                made = emit_wide(graph, each.branches, kernel if isinstance(kernel, Kernel) else None)
         wide.append(Term(made))
         if verifier is not None:
             verifier.check([([Term(made)], [branch.terms[0] for branch in each.branches])], "one FFN", each.names)

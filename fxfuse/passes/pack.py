@@ -53,6 +53,14 @@ def zeros_for(graph: fx.Graph, projection: Projection) -> fx.Node:
     return graph.call_function(torch.zeros_like, (column_of(graph, projection),))
 
 
+def zeros(graph: fx.Graph, like: fx.Node, dim: int, count: int) -> list[fx.Node]:
+    """So many rows (columns, if ``dim`` is 1) of zeros for a pack that ``like`` is a part of; none for a count of 0."""
+    if not count:
+        return []
+    one = graph.call_function(torch.zeros_like, (graph.call_function(torch.narrow, (like, dim, 0, 1)),))
+    return [graph.call_function(torch.repeat_interleave, (one, count, dim))]
+
+
 def column_of(graph: fx.Graph, projection: Projection) -> fx.Node:
     """The first column of the projection's own rows, ``[width]``: something of a bias' size, dtype and device."""
     return graph.call_function(getitem, (weight_of(graph, projection), (slice(None), 0)))

@@ -15,35 +15,66 @@ from fxfuse.graph.scale import Scale
 from fxfuse.graph.values import Dim, dtype, shape
 from fxfuse.passes import pack
 from fxfuse.passes.form import TRANSPARENT, constant_slots, slots
+from fxfuse.passes.kernel import ALIGNMENT, Kernel, call_kernel, gate_first
 
 
-def emit_wide(graph: fx.Graph, branches: Sequence[Branch]) -> fx.Node:
+def emit_wide(graph: fx.Graph, branches: Sequence[Branch], kernel: Kernel | None = None) -> fx.Node:
     """The sum of ``branches``, FFNs of one form, as one FFN; written at the insertion point. Returns its contribution.
 
-    ``down(middle(W x))`` with ``W`` the gate rows of all and then the up rows of all, each times its own norm's gain.
+    ``down(middle(W x))`` with ``W`` the gate rows of all and then the up rows of all, each times its own norm's gain;
+    in ATen, or as one call of fxfuse's ``kernel``.
     """
     ffns, names = _ffns(branches)
-    order = [
-        (ffn, slot) for column in zip(*map(slots, ffns), strict=True) for ffn, slot in zip(ffns, column, strict=True)
-    ]
-    weights = [pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in order]
-    biases = [pack.bias_of(graph, slot, ffn.normed.shift) for ffn, slot in order]
-    bias = _biases(graph, biases, [slot for _, slot in order], names)
-    weight = pack.cat(graph, weights, 0, f"projections of {names}")
-    source = _shared_input(graph, ffns[0].normed, ffns[0].projections[0])
-    wide = graph.call_function(F.linear, (source, weight, bias))
+    columns = list(zip(*map(slots if kernel is None else gate_first, ffns), strict=True))
     width = sum(ffn.projections[0].width for ffn in ffns)
-    hidden = _middle(
-        graph, ffns[0], _slices(graph, wide, [width] * len(slots(ffns[0]))), _constants(graph, ffns, names)
-    )
+    padding = 0 if kernel is None else -width % ALIGNMENT
+    weight = _rows_of(graph, ffns, columns, padding, names)
+    bias = _biases_of(graph, ffns, columns, padding, names)
     common, factors = _scales(branches)
-    columns = [
+    own = [
         pack.scaled(graph, pack.gained(graph, pack.weight_of(graph, ffn.down), ffn.gains, ffn.down.weight, True), by)
         for ffn, by in zip(ffns, factors, strict=True)
     ]
-    down = pack.cat(graph, columns, 1, f"down of {names}")
-    node = graph.call_function(F.linear, (hidden, down, _down_bias(graph, ffns, factors, names)))
+    down = pack.cat(graph, [*own, *pack.zeros(graph, own[0], 1, padding)], 1, f"down of {names}")
+    down_bias = _down_bias(graph, ffns, factors, names)
+    if kernel is not None:
+        source, eps = kernel.norm or (_shared_input(graph, ffns[0].normed, ffns[0].projections[0]), None)
+        node = call_kernel(graph, kernel, source, weight, bias, down, down_bias, eps)
+        return _contribution(graph, node, branches, common, shape(source))
+    source = _shared_input(graph, ffns[0].normed, ffns[0].projections[0])
+    wide = graph.call_function(F.linear, (source, weight, bias))
+    hidden = _middle(graph, ffns[0], _slices(graph, wide, [width] * len(columns)), _constants(graph, ffns, names))
+    node = graph.call_function(F.linear, (hidden, down, down_bias))
     return _contribution(graph, node, branches, common, shape(ffns[0].normed.bare))
+
+
+def _rows_of(
+    graph: fx.Graph, ffns: Sequence[FFN], columns: Sequence[Sequence[Projection]], padding: int, names: str
+) -> fx.Node:
+    """The first rows of all FFNs, then the second ones, each column of them padded with so many rows of zeros."""
+    parts: list[fx.Node] = []
+    for column in columns:
+        own = [pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in zip(ffns, column, strict=True)]
+        parts += [*own, *pack.zeros(graph, own[0], 0, padding)]
+    return pack.cat(graph, parts, 0, f"projections of {names}")
+
+
+def _biases_of(
+    graph: fx.Graph, ffns: Sequence[FFN], columns: Sequence[Sequence[Projection]], padding: int, names: str
+) -> fx.Node | None:
+    """Their biases, a norm's shift included, in the same order; zeros for those who have none, None if nobody has."""
+    order = [(ffn, slot) for column in columns for ffn, slot in zip(ffns, column, strict=True)]
+    biases = [pack.bias_of(graph, slot, ffn.normed.shift) for ffn, slot in order]
+    filled = _filled(graph, biases, [slot for _, slot in order])
+    if not filled:
+        return None
+    count = len(ffns)
+    padded = [
+        part
+        for start in range(0, len(filled), count)
+        for part in (*filled[start : start + count], *pack.zeros(graph, filled[start], 0, padding))
+    ]
+    return pack.cat(graph, padded, 0, f"projection bias of {names}")
 
 
 def emit_batched(graph: fx.Graph, branches: Sequence[Branch]) -> fx.Node:
@@ -151,13 +182,18 @@ def _biases(
     graph: fx.Graph, parts: Sequence[fx.Node | None], projections: Sequence[Projection], names: str
 ) -> fx.Node | None:
     """The biases end to end, zeros for those who have none; None if nobody has one."""
+    filled = _filled(graph, parts, projections)
+    return pack.cat(graph, filled, 0, f"projection bias of {names}") if filled else None
+
+
+def _filled(graph: fx.Graph, parts: Sequence[fx.Node | None], projections: Sequence[Projection]) -> list[fx.Node]:
+    """``parts`` with zeros for those who have no bias; none at all if nobody has one."""
     if all(part is None for part in parts):
-        return None
-    filled = [
+        return []
+    return [
         part if part is not None else pack.zeros_for(graph, projection)
         for part, projection in zip(parts, projections, strict=True)
     ]
-    return pack.cat(graph, filled, 0, f"projection bias of {names}")
 
 
 def _down_bias(graph: fx.Graph, ffns: Sequence[FFN], factors: Sequence[float], names: str) -> fx.Node | None:
@@ -219,8 +255,14 @@ def _shared_input(graph: fx.Graph, normed: Normed, reader: Projection) -> fx.Nod
         function = F.rms_norm if found.name == "rms_norm" else F.layer_norm
         eps = {"eps": found.args["eps"]} if found.args.get("eps") is not None else {}
         node = graph.call_function(function, (found.args["input"], found.args["shape"]), eps)
+        _like(node, normed.bare)
     wanted = dtype(reader.input) or dtype(reader.weight)  # a linear map takes no other dtype than its weight's
     return node if wanted is None or wanted == made else graph.call_method("to", (node, wanted))
+
+
+def _like(node: fx.Node, known: fx.Node) -> None:
+    """Let ``node`` have the sizes and dtype of ``known``."""
+    node.meta.update((key, known.meta[key]) for key in ("example_value", "val") if key in known.meta)
 
 
 def _middle(graph: fx.Graph, ffn: FFN, outputs: Sequence[fx.Node], constants: Sequence[fx.Node]) -> fx.Node:
@@ -256,6 +298,6 @@ def _contribution(
     for factor in common.nodes:
         node = graph.call_function(torch.mul, (node, factor))
     term = first.terms[0].node
-    node.meta.update((key, term.meta[key]) for key in ("example_value", "val") if key in term.meta)
+    _like(node, term)
     node.meta[STAMP] = " + ".join(branch.name for branch in branches)
     return node

@@ -66,9 +66,14 @@ def test_without_a_plan_the_compiled_model_is_the_model(spec: s.Model, inner: st
     assert_exact(as_tuple(run(x)), as_tuple(model(x)))
 
 
-@given(case=planned_models(in_place=False), weights=st.sampled_from(("copy", "share")))
-@examples(15)
-def test_gradients_are_those_of_the_planned_model(case: tuple[s.Model, PlanSpec], weights: str) -> None:
+HOW: st.SearchStrategy[dict[str, str]] = st.sampled_from(
+    ({"weights": "copy"}, {"weights": "share"}, {"kernels": "fxfuse"})
+)  # fmt: skip
+
+
+@given(case=planned_models(in_place=False), how=HOW)
+@examples(20)
+def test_gradients_are_those_of_the_planned_model(case: tuple[s.Model, PlanSpec], how: dict[str, str]) -> None:
     """Of every parameter and of the input; a dropped branch gets none from either."""
     spec, plan = case
     model, x = build(spec), make_input(spec)
@@ -77,7 +82,7 @@ def test_gradients_are_those_of_the_planned_model(case: tuple[s.Model, PlanSpec]
     if x.is_floating_point():
         x, x_twin = x.requires_grad_(), x_twin.requires_grad_()
 
-    run = compiled(model, plan, "aot_eager", weights=weights)
+    run = compiled(model, plan, "aot_eager", **how)
     loss(as_tuple(run(x))).backward()
     loss(planned(twin, x_twin, plan)).backward()
 
@@ -100,15 +105,15 @@ def loss(outputs: tuple[Tensor, ...]) -> Tensor:
     return total
 
 
-@given(data=st.data(), weights=st.sampled_from(("copy", "share")))
+@given(data=st.data(), how=HOW)
 @examples(8)
-def test_the_wide_weights_follow_an_optimizer_and_new_weights(data: st.DataObject, weights: str) -> None:
+def test_the_wide_weights_follow_an_optimizer_and_new_weights(data: st.DataObject, how: dict[str, str]) -> None:
     """The same compiled model after an optimizer step, after load_state_dict and after a parameter is replaced."""
     spec = data.draw(swiglu_models())
     plan = data.draw(fusing_plans(spec))
     model, x = build(spec), make_input(spec)
     other = build(s.Model(**{**vars(spec), "seed": spec.seed + 1})).state_dict()
-    run = compiled(model, plan, "aot_eager", weights=weights)
+    run = compiled(model, plan, "aot_eager", **how)
 
     def check() -> None:
         with torch.no_grad():

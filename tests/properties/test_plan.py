@@ -17,6 +17,7 @@ from torch import Tensor
 import fxfuse
 from fxfuse.errors import PlanError
 from fxfuse.passes import REPORTS, apply_plan
+from fxfuse.passes.kernel import Kernels
 from tests.models import (
     ResidualModel,
     as_tuple,
@@ -64,15 +65,20 @@ def planned_models(
     return spec, draw(legal_plans(spec))
 
 
-@given(case=planned_models(), dynamic=st.booleans())
+KERNELS = st.sampled_from(("auto", "fxfuse"))
+
+
+@given(case=planned_models(), dynamic=st.booleans(), kernels=KERNELS)
 @examples(80)
 @torch.no_grad()
-def test_a_planned_dynamo_graph_is_the_planned_model(case: tuple[s.Model, PlanSpec], dynamic: bool) -> None:
+def test_a_planned_dynamo_graph_is_the_planned_model(
+    case: tuple[s.Model, PlanSpec], dynamic: bool, kernels: Kernels
+) -> None:
     spec, plan = case
     model, x = build(spec), make_input(spec)
     gm, compiled = capture(model, x, dynamic=dynamic)
 
-    assert apply_plan(gm, library_plan(plan), strict=True) is gm
+    assert apply_plan(gm, library_plan(plan), strict=True, kernels=kernels) is gm
 
     assert_exact(as_tuple(compiled(x)), planned(model, x, plan))
 
@@ -137,10 +143,12 @@ def products_of(body: s.Body) -> int:
     return 3 if body.layout == "separate" else 2
 
 
-@given(data=st.data(), dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+@given(data=st.data(), dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)), kernels=KERNELS)
 @examples(40)
 @torch.no_grad()
-def test_in_a_lower_dtype_the_error_is_that_of_the_unfused_model(data: st.DataObject, dtype: torch.dtype) -> None:
+def test_in_a_lower_dtype_the_error_is_that_of_the_unfused_model(
+    data: st.DataObject, dtype: torch.dtype, kernels: Kernels
+) -> None:
     """error(fused) <= 2 * error(unfused) + eps, both against the float64 reference of the planned model.
 
     Errors are relative to the size of each output, over eight inputs, so ``eps``, the dtype's own, is one unit in the
@@ -149,7 +157,7 @@ def test_in_a_lower_dtype_the_error_is_that_of_the_unfused_model(data: st.DataOb
     spec, plan = data.draw(planned_models(dtype))
     model, inputs = build(spec), [make_input(spec, number) for number in range(8)]
     gm, compiled = capture(model, inputs[0])
-    apply_plan(gm, library_plan(plan), strict=True)
+    apply_plan(gm, library_plan(plan), strict=True, kernels=kernels)
     exact = copy.deepcopy(model).double()
     truth = [planned(exact, x.double() if x.is_floating_point() else x, plan) for x in inputs]
 

@@ -1,0 +1,229 @@
+"""Wide FFNs as calls of fxfuse's own ops, which on a CPU compute in ATen what the Triton kernels do on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxfuse import Plan
+from fxfuse.errors import OptionError
+from fxfuse.options import Options
+from fxfuse.passes import REPORTS, apply_plan
+from fxfuse.passes.kernel import ALIGNMENT
+from tests.blocks import HIDDEN, MLP, WIDTH, Layer, Stream, SwiGLU, Traced, assert_same, ready, trace, vectors
+from tests.models import spec as s
+from tests.models.norms import make_norm
+from tests.test_styles import STYLES, side_by_side
+
+GROUP = Plan(parallel=[["layers.0.body", "layers.1.body"]])
+WITHOUT = {
+    "clamped",
+    "multiplied gate",
+    "activation with learned numbers",
+    "activation with a number for each unit",
+}
+"""Styles whose activation the kernels do not have."""
+
+
+def planned(model: Stream, kernels: str = "fxfuse", road: str = "dynamo") -> Traced:
+    traced = trace(model, vectors(), road=road)
+    apply_plan(traced.gm, GROUP, names=traced.names, strict=True, kernels=kernels)  # type: ignore[arg-type]
+    return traced
+
+
+def calls(traced: Traced) -> list[fx.Node]:
+    return list(traced.gm.graph.find_nodes(op="call_function", target=torch.ops.fxfuse.wide_ffn.default))
+
+
+def argument(node: fx.Node, name: str) -> object:
+    names = [each.name for each in torch.ops.fxfuse.wide_ffn.default._schema.arguments]
+    return node.args[names.index(name)]
+
+
+@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.becomes == "wide"])
+def test_what_can_be_wide_can_be_a_kernels(name: str) -> None:
+    style = STYLES[name]
+    model = ready(Stream(style.make(), style.make()))
+
+    traced = planned(model)
+
+    assert_same(traced(), side_by_side(model, vectors()))
+    assert len(calls(traced)) == (name not in WITHOUT)
+
+
+def test_the_report_says_what_computes_it() -> None:
+    def detail(model: Stream) -> str:
+        (report,) = [each for each in planned(model).gm.meta[REPORTS] if each.name == "fuse_ffn"]
+        return report.done[0].detail
+
+    assert detail(ready(Stream(SwiGLU(), SwiGLU()))).endswith("by fxfuse's kernels")
+    own = STYLES["clamped"].make
+    assert "by ATen, because fxfuse's kernels do not have its activation" in detail(ready(Stream(own(), own())))
+
+
+def test_on_a_cpu_they_are_written_only_if_asked_for() -> None:
+    model = ready(Stream(SwiGLU(), SwiGLU()))
+
+    assert not calls(planned(model, "auto"))
+    assert not calls(planned(model, "aten"))
+    assert calls(planned(model, "fxfuse"))
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "one call": (lambda: nn.RMSNorm(WIDTH, eps=1e-3), True),
+    "written out": (lambda: make_norm(s.Norm("rms_gain_plus_one", eps=1e-3), WIDTH), True),
+    "without a gain": (lambda: make_norm(s.Norm("rms_parameterless", eps=1e-3), WIDTH), True),
+    "divided": (lambda: By(lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-3)), True),
+    "of the product": (lambda: By(lambda x: x * torch.rsqrt(1e-3 + (x * x).mean(-1, keepdim=True))), True),
+    "eps beside the mean": (lambda: By(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) + 1e-3), False),
+    "of tokens": (lambda: By(lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-3)), False),
+    "of cubes": (lambda: By(lambda x: x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-3)), False),
+    "of another value": (lambda: By(lambda x: x * torch.rsqrt((2 * x).pow(2).mean(-1, keepdim=True) + 1e-3)), False),
+    "rounded": (lambda: By(lambda x: x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-3)), False),
+    "default eps": (lambda: nn.RMSNorm(WIDTH), False),
+    "layer norm": (lambda: nn.LayerNorm(WIDTH), False),
+}
+
+
+class By(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_kernel_takes_an_rms_norm_along_and_no_other(name: str) -> None:
+    make, known = NORMS[name]
+    model = ready(Stream(*(Layer(SwiGLU(), make()) for _ in range(2))))
+
+    traced = planned(model)
+
+    (call,) = calls(traced)
+    assert argument(call, "eps") == (1e-3 if known else None)
+    assert_same(traced(), side_by_side(model, vectors()))
+
+
+def test_it_adds_to_the_stream_itself() -> None:
+    traced = planned(ready(Stream(SwiGLU(), SwiGLU())))
+
+    (call,) = calls(traced)
+    assert argument(call, "residual") is argument(call, "x")
+    assert not traced.count("add")
+
+
+def test_a_contribution_that_is_read_by_itself_is_not_added_twice() -> None:
+    class Tapped(Stream):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.start(x)
+            made = self.layers[0].branch(h) + self.layers[1].branch(h)
+            return h + made, made * 2
+
+    model = ready(Tapped(SwiGLU(), SwiGLU()))
+    traced = trace(model, vectors())
+    apply_plan(traced.gm, Plan(), names=traced.names, kernels="fxfuse")
+
+    assert_same(traced(), model(vectors()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("body", [SwiGLU, MLP])
+def test_hidden_units_are_padded(body: Callable[..., nn.Module], bias: bool) -> None:
+    assert 2 * HIDDEN % ALIGNMENT
+    model = ready(Stream(body(bias=bias) if body is SwiGLU else body(), body()))
+
+    traced = planned(model)
+
+    (call,) = calls(traced)
+    down = call.args[2]
+    assert isinstance(down, fx.Node)
+    assert_same(traced(), side_by_side(model, vectors()))
+    values = fx.Interpreter(traced.gm, garbage_collect_values=False)
+    values.run(*traced.inputs)
+    assert values.env[down].shape == (WIDTH, -(-2 * HIDDEN // ALIGNMENT) * ALIGNMENT)
+
+
+def test_under_autocast_aten_computes() -> None:
+    """It is autocast that says in which dtype an FFN computes, and it says it of ATen's ops only."""
+
+    class Cast(Stream):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    model = Cast(SwiGLU(), SwiGLU())
+    traced = trace(model, vectors().float())
+    apply_plan(traced.gm, GROUP, names=traced.names, strict=True, kernels="fxfuse")
+
+    assert not calls(traced)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_compiles_around_them(dynamic: bool) -> None:
+    model = ready(Stream(SwiGLU(), SwiGLU(bias=True))).float()
+    options = {"plan": GROUP, "kernels": "fxfuse"}
+    compiled = torch.compile(model, backend="ffnfuse", options=options, dynamic=dynamic)  # type: ignore[arg-type]
+    for tokens in (3, 4):
+        x = vectors(2, tokens, WIDTH).float()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), side_by_side(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(OptionError, match="'auto', 'fxfuse' or 'aten', not 'triton'"):
+        Options.parse({"kernels": "triton"})
+    with pytest.raises(OptionError, match="leave out weights='share'"):
+        Options.parse({"kernels": "fxfuse", "weights": "share"})
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        F.silu,
+        lambda g: g * torch.sigmoid(g),
+        lambda g: torch.sigmoid(g) * g,
+        F.gelu,
+        lambda g: F.gelu(g, approximate="tanh"),
+        F.relu,
+        lambda g: F.relu(g) ** 2,
+        lambda g: F.relu(g) * F.relu(g),
+        torch.sigmoid,
+    ],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_by_any_spelling(activation: Callable[[Tensor], Tensor], gated: bool) -> None:
+    class FFN(SwiGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = activation(self.gate(x))
+            return self.down(hidden * self.up(x) if gated else hidden)
+
+    model = ready(Stream(FFN(), FFN()))
+
+    traced = planned(model)
+
+    assert len(calls(traced)) == 1
+    assert_same(traced(), side_by_side(model, vectors()))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [torch.tanh, lambda g: g, lambda g: g * torch.sigmoid(2 * g), lambda g: F.relu(g) ** 3, F.mish, F.elu],
+)
+def test_other_activations_are_atens(activation: Callable[[Tensor], Tensor]) -> None:
+    class FFN(SwiGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(activation(self.gate(x)) * self.up(x))
+
+    model = ready(Stream(FFN(), FFN()))
+
+    traced = planned(model)
+
+    assert not calls(traced)
+    assert_same(traced(), side_by_side(model, vectors()))

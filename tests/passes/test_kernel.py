@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 from fxfuse import Plan
 from fxfuse.errors import OptionError
@@ -71,6 +72,32 @@ def test_on_a_cpu_they_are_written_only_if_asked_for() -> None:
     assert not calls(planned(model, "auto"))
     assert not calls(planned(model, "aten"))
     assert calls(planned(model, "fxfuse"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "written"),
+    [
+        (torch.bfloat16, (9, 0), True),
+        (torch.float32, (8, 0), True),
+        (torch.float64, (9, 0), False),
+        (torch.float16, (7, 5), False),
+    ],
+)
+def test_on_a_gpu_that_can_run_them_they_are_written_by_themselves(
+    dtype: torch.dtype, capability: tuple[int, int], written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of which only the name is there: the graph's weights have no data and say that they are on it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    traced = trace(ready(Stream(SwiGLU(), SwiGLU())), vectors())
+    with FakeTensorMode():
+        for node in traced.gm.graph.nodes:
+            known = node.meta.get("example_value")
+            if isinstance(known, Tensor):
+                node.meta["example_value"] = torch.empty(known.shape, dtype=dtype, device="cuda")
+
+    apply_plan(traced.gm, GROUP, names=traced.names)
+
+    assert len(calls(traced)) == written
 
 
 NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {

@@ -98,6 +98,13 @@ MUTATIONS = (
         ("tests/passes/test_kernel.py",),
     ),
     Mutation(
+        "pack a weight that the model writes to",
+        "fxfuse/graph/constant.py",
+        "{node for node in weights if node not in written}",
+        "set(weights)",
+        ("tests/test_misread.py",),
+    ),
+    Mutation(
         "take another eps for the same norm",
         "fxfuse/passes/form.py",
         ', repr(found.args.get("eps")))',

@@ -96,6 +96,53 @@ class Sums(nn.Module):
         return torch.einsum("fd,bsf->bsd", self.down, up * F.silu(torch.einsum("df,bsd->bsf", self.gate, x)))
 
 
+class TypeAs(MLP):
+    """A cast to the dtype of its input, as DeepSeek and fairseq write it."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.gelu(x).type_as(x)
+
+
+class Iterated(MLP):
+    """An activation that reads each of its values twice: as a tree it has a million leaves."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        for _ in range(20):
+            x = x - 0.1 * x * torch.tanh(x)
+        return x
+
+
+class Arc(MLP):
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.atan(x)
+
+
+class ByRows(nn.Module):
+    """The norm on tokens of a batch, all that follows on rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.ffn = RMS(), Attention(), RMS(), MLP()
+        self.silent = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not self.silent:
+            h = h + self.attn(self.norm1(h))
+        rows = h.reshape(-1, WIDTH)
+        return (rows + self.ffn(self.norm2(h).reshape(-1, WIDTH))).reshape(h.shape)
+
+
+class OneNumber(nn.Module):
+    """ScaleNorm: one gain for all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-5))
+
+
 class LowRank(MLP):
     """The first projection in two factors."""
 
@@ -226,6 +273,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a gate that is learnt": (lambda: Block(MLP(), add=lambda b, h, f: h + torch.tanh(b.number) * f), "wide"),
     "a gain on each channel": (lambda: Block(MLP(), add=lambda b, h, f: torch.add(h, b.vector * f, alpha=0.5)), "wide"),
     "dropout, then a scale": (lambda: Block(MLP(), add=lambda b, h, f: h + b.drop(f) * 0.7), "wide"),
+    "a cast to another's dtype": (lambda: Block(TypeAs()), "wide"),
+    "an activation in many steps": (lambda: Block(Iterated()), "wide"),
+    "an activation that no table has": (lambda: Block(Arc()), "wide"),
+    "rows": (ByRows, "wide"),
+    "one gain": (lambda: Block(MLP(), OneNumber), "wide"),
+    "addcmul": (lambda: Block(MLP(), add=lambda b, h, f: torch.addcmul(h, b.vector, f, value=0.5)), "wide"),
     "in place": (lambda: Block(MLP(), add=in_place), "wide"),
     "a gate of the input": (
         lambda: Block(MLP(), add=lambda b, h, f: h + torch.sigmoid(b.norm2(h)) * f),

@@ -63,23 +63,64 @@ class Branch:
         return self.name
 
 
-def kind_of(body: Iterable[fx.Node], ffn: FFN | None, gate_up: GateUp | None) -> Kind:
+def kind_of(body: Iterable[fx.Node], ffn: FFN | None, gate_up: GateUp | None, weight_only: Container[fx.Node]) -> Kind:
+    """What a branch is, from what is in it.
+
+    A softmax of a product of two values is an attention's; one of a product with weights may be a router's.
+    """
     if ffn is not None:
         return "gated_ffn" if ffn.gated else "ffn"
-    body = list(body)
-    found = [found for node in body if (found := op(node)) is not None]
-    names = {found.name for found in found}
+    nodes = dict.fromkeys(body)
+    ops = {node: found for node in nodes if (found := op(node)) is not None}
+    names = {found.name for found in ops.values()}
+    softmaxes = [node for node, found in ops.items() if found.name == "softmax" or _is_softmax(found)]
+    products = [node for node, found in ops.items() if found.name in _PRODUCTS]
     # Before experts, because sparse attention chooses keys as a router chooses experts.
-    if "sdpa" in names or any("attention" in _called(node).lower() for node in body):
+    if names & {"sdpa", "mha"} or any("attention" in _called(node).lower() for node in nodes):
+        return "attention"
+    scores = [node for softmax in softmaxes for node in _last_products(softmax, nodes)]
+    if any(node in products and _weight_of(node, weight_only) is None for node in scores):
         return "attention"
     if names & {"topk", "index_add", "one_hot", "nonzero"}:
         return "moe"
-    products = sum(found.name in ("matmul", "bmm", "einsum", "baddbmm") for found in found)
-    if products >= 2 and ("softmax" in names or any(map(_is_softmax, found))):
+    if softmaxes and any(_routes(node, nodes, weight_only) for node in products):
+        return "moe"
+    if softmaxes and len(products) >= 2:
         return "attention"
     if gate_up is not None:
         return "gated_ffn" if gate_up.gated else "ffn"
     return "other"
+
+
+_PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
+
+
+def _last_products(node: fx.Node, inside: Container[fx.Node]) -> list[fx.Node]:
+    """The matrix products that ``node`` is computed from with no other one in between."""
+    found: list[fx.Node] = []
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        if mixes(node):
+            found.append(node)
+            continue
+        new = [source for source in node.all_input_nodes if source in inside and source not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return found
+
+
+def _routes(product: fx.Node, inside: Container[fx.Node], weight_only: Container[fx.Node]) -> bool:
+    """Whether a product is one of experts: with several matrices of weights at once, or of tokens as they came."""
+    weight = _weight_of(product, weight_only)
+    if weight is not None:
+        return len(shape(weight) or ()) > 2
+    return any(not _last_products(source, inside) for source in product.all_input_nodes)
+
+
+def _weight_of(product: fx.Node, weight_only: Container[fx.Node]) -> fx.Node | None:
+    """The operand of a product that depends on weights alone."""
+    return next((source for source in product.all_input_nodes if source in weight_only), None)
 
 
 def _is_softmax(found: Op) -> bool:
@@ -150,9 +191,13 @@ def _held_by_modules(nodes: Iterable[fx.Node]) -> list[str]:
 def parameters_of(
     nodes: Iterable[fx.Node], weights: Mapping[fx.Node, str], weight_only: set[fx.Node]
 ) -> tuple[fx.Node, ...]:
-    """The weights that ``nodes`` use, in that order, through weight-only expressions such as ``w.t()`` too."""
+    """The weights that ``nodes`` use, in that order, through weight-only expressions such as ``w.t()`` too.
+
+    A buffer that the graph writes to is among them.
+    """
     found: dict[fx.Node, None] = {}
-    stack = [source for node in nodes for source in node.all_input_nodes if source in weight_only][::-1]
+    sources = [source for node in nodes for source in node.all_input_nodes]
+    stack = [source for source in sources if source in weight_only or source in weights][::-1]
     seen: set[fx.Node] = set()
     while stack:
         node = stack.pop()

@@ -8,14 +8,24 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxfuse.graph.constant import weight_only
 from fxfuse.graph.normed import with_weight
 from fxfuse.graph.ops import Op, op
 from fxfuse.graph.projection import mixes
 from fxfuse.graph.scale import scaling
 from fxfuse.graph.sums import find_chains, is_sum
-from fxfuse.graph.values import parameters, weight_only
+from fxfuse.graph.values import parameters
 
 REPORT = "if this model is a transformer, please report it with what `fxfuse explain MODEL --trace FOLDER` writes"
+
+
+OPAQUE = {
+    "_transformer_encoder_layer_fwd": (
+        "PyTorch computes whole encoder layers as one op each; torch.backends.mha.set_fastpath_enabled(False) before "
+        "the model is called shows what they consist of"
+    )
+}
+"""Ops that hold branches inside, and how to have them traced."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,9 @@ class Census:
     @property
     def why(self) -> str:
         """Why these are no stream with branches."""
+        for name, hint in OPAQUE.items():
+            if name in self.unknown:
+                return hint
         if not self.products:
             return "nothing mixes features, so nothing could be a branch"
         if not self.adds:

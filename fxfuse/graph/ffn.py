@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfuse.graph.normed import NORMS, Normed, normed, times_vector, with_weight
-from fxfuse.graph.ops import OVER_UNITS, POINTWISE, Op, drops_randomly, op
+from fxfuse.graph.ops import OVER_UNITS, Op, drops_randomly, is_pointwise, op
 from fxfuse.graph.parts import is_last
 from fxfuse.graph.projection import Projection, mixes, projection
 from fxfuse.graph.rows import hides_its_sizes, passed_on, viewed
@@ -204,7 +204,7 @@ class Recogniser:
             found = op(node)
             if unknown := _without_sizes(node):
                 return unknown
-            if found is None or (found.name not in POINTWISE and viewed(node, found) is None):
+            if found is None or not (is_pointwise(found) or viewed(node, found) is not None):
                 return f"between its projections stands {self._describe(node)}, which mixes units or tokens"
             if drops_randomly(found):
                 return f"dropout with p={found.args.get('p', 0.5)} is active inside it (training mode)"
@@ -292,7 +292,7 @@ def _leaves_tokens_apart(node: fx.Node, found: Op) -> bool:
         dim, source = found.args.get("dim"), found.node("input")
         dims = dim if isinstance(dim, list | tuple) else (dim,)
         return len(dims) == 1 and source is not None and is_last(dims[0], source)
-    return found.name in POINTWISE or viewed(node, found) is not None
+    return is_pointwise(found) or viewed(node, found) is not None
 
 
 def _gated(half: _Half) -> bool:

@@ -23,7 +23,7 @@ class Normed:
     Attributes:
         output: the node that the projections read.
         bare: the node without gain and shift, or the fused norm call that applies them itself (``fused_call``).
-        gain: weight-only node ``[d]`` or None. ``1 + w`` is such a node.
+        gain: weight-only node ``[d]``, or of one number, or None. ``1 + w`` is such a node.
         shift: weight-only node ``[d]`` or None.
         fused_call: ``bare`` is a call of ``rms_norm`` or ``layer_norm`` with gain and shift among its arguments.
     """
@@ -56,7 +56,7 @@ def normed(output: fx.Node, width: int, weights: Container[fx.Node]) -> Normed:
         if vector is not None and found.args.get("alpha", 1) == 1:
             node, shift = vector
             continue
-        vector = times_vector(found, width, weights)
+        vector = times_vector(found, width, weights) or _times_number(found, weights)
         if vector is not None:
             return Normed(output, vector[0], vector[1], shift, False)
         break
@@ -90,6 +90,13 @@ def times_vector(
         return None
     sizes = shape(pair[1])
     return pair if sizes and sizes[-1] == width and product(sizes) == width else None
+
+
+def _times_number(found: Op, weights: Container[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """``(x, v)`` if the op is ``x * v``, v a weight-only tensor of one number."""
+    pair = with_weight(found, weights) if found.name == "mul" else None
+    sizes = shape(pair[1]) if pair is not None else None
+    return pair if sizes is not None and product(sizes) == 1 else None
 
 
 def with_weight(found: Op, weights: Container[fx.Node]) -> tuple[fx.Node, fx.Node] | None:

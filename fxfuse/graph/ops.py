@@ -56,7 +56,7 @@ _TABLE: tuple[_Spelling, ...] = (
     _row("mul", "input other", (operator.mul, operator.imul, torch.mul, torch.multiply), "mul mul_ multiply __mul__ __rmul__", "mul mul_"),
     _row("div", "input other", (operator.truediv, operator.itruediv, torch.div, torch.true_divide), "div div_", "div div_"),
     _row("neg", "input", (operator.neg, torch.neg), "neg", "neg"),
-    _row("pow", "input exponent", (operator.pow, torch.pow), "pow", "pow"),
+    _row("pow", "input exponent", (operator.pow, torch.pow), "pow pow_", "pow pow_"),
     _row("square", "input", (torch.square,), "square", "square"),
     _row("sqrt", "input", (torch.sqrt,), "sqrt", "sqrt"),
     _row("rsqrt", "input", (torch.rsqrt,), "rsqrt", "rsqrt"),
@@ -118,6 +118,7 @@ _TABLE: tuple[_Spelling, ...] = (
     _row("layer_norm", "input shape weight bias eps", (F.layer_norm, torch.layer_norm), "", "layer_norm"),
     # attention and routing
     _row("sdpa", "query key value attn_mask dropout_p is_causal", (F.scaled_dot_product_attention,), "", "scaled_dot_product_attention"),
+    _row("mha", "query key value", (F.multi_head_attention_forward,)),
     _row("softmax", "input dim", (F.softmax, torch.softmax), "softmax", "softmax _softmax"),
     _row("topk", "input k dim", (torch.topk,), "topk", "topk"),
     _row("index_add", "input dim index source", (torch.index_add,), "index_add index_add_", "index_add index_add_"),
@@ -181,7 +182,7 @@ POINTWISE = frozenset(
 OVER_UNITS = frozenset("mean var std sum amax softmax".split())
 """Ops over a dimension: over the last one they mix the features of a token and no two tokens."""
 
-MATMUL = frozenset("linear matmul addmm bmm baddbmm einsum conv sdpa".split())
+MATMUL = frozenset("linear matmul addmm bmm baddbmm einsum conv sdpa mha".split())
 """Ops that mix the features of a token (or tokens): what a norm never contains."""
 
 VIEWS = frozenset(
@@ -202,7 +203,7 @@ def op(node: fx.Node) -> Op | None:
         return Op(_OF_TWO[target], dict(zip(("input", "other"), node.args, strict=True))) if _is_of_two(node) else None
     row, names = _row_of(target)
     if row is None:
-        return None
+        return _nameless(node)
     args: dict[str, Argument] = dict(zip(names, node.args, strict=False))
     # What the table has no name for still tells two calls apart: aten.elu takes scales that F.elu does not.
     args.update((f"argument {i}", node.args[i]) for i in range(len(names), len(node.args)))
@@ -217,6 +218,53 @@ def op(node: fx.Node) -> Op | None:
     elif (row.name == "where" and len(args) != 3) or isinstance(args.get("shape"), torch.dtype):
         return None  # the places where a condition holds, the bits of a value: other ops of these names
     return Op(row.name, args, bool(mutated_arguments(node)))
+
+
+def _nameless(node: fx.Node) -> Op | None:
+    """An op that the table has no name for, if PyTorch says of it that it acts on each place alone: ``atan(x)``."""
+    overload = _pointwise_overload(node.target)
+    if overload is None or node.kwargs or mutated_arguments(node):
+        return None
+    parameters = [each.name for each in overload._schema.arguments]
+    if len(node.args) > len(parameters) or not isinstance(node.args[0], fx.Node):
+        return None
+    return Op(_POINTWISE + overload._opname, dict(zip(("input", *parameters[1:]), node.args, strict=False)))
+
+
+@cache
+def _pointwise_overload(target: Target) -> torch._ops.OpOverload | None:
+    """The aten overload that an op is or is named after, if all of its name are pointwise and draw nothing."""
+    packet: object
+    if isinstance(target, torch._ops.OpOverload):
+        packet = target._overloadpacket
+        if target._schema.name.partition("::")[0] != "aten":
+            return None
+    else:
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        module = "" if isinstance(target, str) else str(getattr(target, "__module__", ""))
+        if module not in ("", "None", "torch", "torch.nn.functional", "torch._C._nn") or name.startswith("_"):
+            return None
+        packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return None
+    overloads = [each for each in _overloads(packet) if "out" not in each._overloadname and _takes_a_tensor(each)]
+    pure = all(
+        torch.Tag.pointwise in each.tags and torch.Tag.nondeterministic_seeded not in each.tags for each in overloads
+    )
+    return (target if isinstance(target, torch._ops.OpOverload) else overloads[0]) if overloads and pure else None
+
+
+def _takes_a_tensor(overload: torch._ops.OpOverload) -> bool:
+    arguments = overload._schema.arguments
+    return bool(arguments) and isinstance(arguments[0].type, torch.TensorType)
+
+
+_POINTWISE = "pointwise "
+
+
+def is_pointwise(found: Op) -> bool:
+    """Whether its value at a place depends on its inputs at that place alone."""
+    return found.name in POINTWISE or found.name.startswith(_POINTWISE)
 
 
 _OF_TWO: dict[Target, str] = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
-from torch import fx
+from torch import fx, nn
 
 from fxfuse.graph.ops import MATMUL, Op, op
 from fxfuse.graph.parts import last_dim_part
 from fxfuse.graph.rows import viewed, without_views
-from fxfuse.graph.values import called_module, shape
+from fxfuse.graph.values import called_module, shape, value
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,13 @@ def _biased(node: fx.Node, found: Op, weights: Container[fx.Node]) -> Projection
 def mixes(node: fx.Node) -> bool:
     """Whether ``node`` mixes the features of a token or several tokens: a matrix product, in any spelling.
 
-    A module that was not traced into does if it holds a matrix.
+    A module that was not traced into does if it holds a matrix, and an op without a name here if it takes one.
     """
     module = called_module(node)
     if module is not None:
         return any(parameter.dim() > 1 for parameter in module.parameters())
     found = op(node)
-    return found is not None and found.name in MATMUL
+    if found is not None or node.op != "call_function":
+        return found is not None and found.name in MATMUL
+    given = [value(source) for source in node.all_input_nodes]
+    return any(isinstance(weight, nn.Parameter) and weight.dim() > 1 for weight in given)

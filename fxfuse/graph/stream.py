@@ -13,9 +13,12 @@ from torch import fx
 
 from fxfuse.errors import PlanError, nearest
 from fxfuse.graph.branch import KEPT, Branch, Term, kind_of, name_branches, parameters_of
+from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ffn import Recogniser, mixes
+from fxfuse.graph.normed import with_weight
+from fxfuse.graph.ops import op
 from fxfuse.graph.sums import Sum, find_chains, link, unlinked
-from fxfuse.graph.values import parameters, weight_only
+from fxfuse.graph.values import parameters, sizes_only
 
 
 @dataclass(eq=False)
@@ -100,13 +103,16 @@ class _Finder:
         self._level[sums[-1].out] = len(sums)
         self._order: dict[fx.Node, int] = {}
         self._reads: dict[fx.Node, int] = {}
+        self._computes_with: dict[fx.Node, int] = {}  # of the points read, those of which not only the sizes count
+        sizes = sizes_only(gm.graph)
         for position, node in enumerate(gm.graph.nodes):
             self._order[node] = position
-            mask = 0
+            read = computed = 0
             for source in node.all_input_nodes:
                 level = self._level.get(source)
-                mask |= self._reads.get(source, 0) if level is None else 1 << level
-            self._reads[node] = mask
+                read |= self._reads[source] if level is None else 1 << level
+                computed |= self._computes_with[source] if level is None else 1 << level
+            self._reads[node], self._computes_with[node] = read, 0 if node in sizes else computed
 
     def stream(self) -> ResidualStream:
         for each in self._sums:
@@ -117,7 +123,7 @@ class _Finder:
         terms = {term.node for term in each.terms}
         groups: list[tuple[list[Term], dict[fx.Node, None], set[fx.Node]]] = []
         for term in each.terms:
-            if not self._reads[term.node] or term.node in self._constant or unlinked(term.node) in self._level:
+            if not self._computes_with[term.node] or term.node in self._constant or self._is_point(term.node):
                 continue
             body, foreign = self._body(term.node, terms)
             joined = ([term], body, foreign)
@@ -127,9 +133,19 @@ class _Finder:
             groups.append(joined)
         return tuple(self._branch(*group) for group in groups)
 
+    def _is_point(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a point of the stream, or one times a weight: ``x + gain * x0`` adds no branch."""
+        node = unlinked(node)
+        while node not in self._level and (found := op(node)) is not None:
+            pair = with_weight(found, self._constant) if found.name == "mul" else None
+            if pair is None:
+                return False
+            node = unlinked(pair[0])
+        return node in self._level
+
     def _body(self, contribution: fx.Node, terms: set[fx.Node]) -> tuple[dict[fx.Node, None], set[fx.Node]]:
         """The nodes that depend on the last stream point that ``contribution`` reads, and what else they take."""
-        last = 1 << (self._reads[contribution].bit_length() - 1)
+        last = 1 << (self._computes_with[contribution].bit_length() - 1)
         body: dict[fx.Node, None] = {}
         foreign: set[fx.Node] = set()
         stack = [contribution]
@@ -153,7 +169,7 @@ class _Finder:
 
     def _branch(self, terms: list[Term], body: dict[fx.Node, None], foreign: set[fx.Node]) -> Branch:
         nodes = tuple(sorted(body, key=self._order.__getitem__))
-        level = max(self._reads[term.node].bit_length() for term in terms) - 1
+        level = max(self._computes_with[term.node].bit_length() for term in terms) - 1
         points = [p for p in self._level if self._level[p] == level] if level == 0 else []
         read = points[0] if points else self._read_point(nodes, level)
         outside = foreign - {term.node for term in terms}
@@ -166,7 +182,7 @@ class _Finder:
             gate_up = ffn.gate_up if ffn else self._recogniser.gate_up(terms[0].node, body.__contains__)
         if gate_up is not None and any(mixes(node) for node in self._before(gate_up.normed.output, body)):
             ffn, gate_up, reason = None, None, reason or "its input is not the stream but what another layer made of it"
-        kind = kind_of(nodes, ffn, gate_up)
+        kind = kind_of(nodes, ffn, gate_up, self._constant)
         if kind in ("attention", "moe"):
             gate_up, reason = None, {"attention": "attention", "moe": "routed experts"}[kind]
         return Branch(
@@ -201,9 +217,10 @@ _Group = tuple[list[Term], dict[fx.Node, None], set[fx.Node]]
 
 
 def _belong_together(one: _Group, other: _Group) -> bool:
-    """Whether two terms of a sum are one branch: one feeds the other, they share a projection, or one has none."""
+    """Whether two terms of a sum are one branch: one feeds the other, they share a projection, or one is but part."""
     if any(term.node in other[2] for term in one[0]) or any(term.node in one[2] for term in other[0]):
         return True
+    shared = [node for node in one[1] if node in other[1]]
     if not any(map(mixes, one[1])) or not any(map(mixes, other[1])):
-        return True
-    return any(mixes(node) for node in one[1] if node in other[1])
+        return bool(shared)
+    return any(map(mixes, shared))

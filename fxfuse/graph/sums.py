@@ -14,7 +14,7 @@ from fxfuse.graph.branch import STAMP, Branch, Term
 from fxfuse.graph.ops import drops_randomly, mutated_arguments, op
 from fxfuse.graph.rows import viewed
 from fxfuse.graph.scale import ONE, Scale, as_scale, scaling
-from fxfuse.graph.values import is_floating, same_shape, widens
+from fxfuse.graph.values import is_floating, same_shape, sizes_only, widens
 
 
 @dataclass(eq=False)
@@ -116,10 +116,11 @@ def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
             bit.setdefault(term.node, 1 << len(bit))
     order: dict[fx.Node, int] = {}
     ancestors: dict[fx.Node, int] = {}
+    sizes = sizes_only(gm.graph)
     for index, node in enumerate(gm.graph.nodes):
         order[node] = index
         mask = 0
-        for source in node.all_input_nodes:
+        for source in node.all_input_nodes if node not in sizes else ():
             mask |= ancestors[source] | bit.get(source, 0)
         ancestors[node] = mask
     sums: list[Sum] = []

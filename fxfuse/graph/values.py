@@ -17,8 +17,6 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from fxfuse.graph.ops import is_random, mutated_arguments
-
 Dim: TypeAlias = int | sympy.Expr
 
 
@@ -77,6 +75,20 @@ def expression(size: int | torch.SymInt) -> Dim:
         return size
     found: sympy.Expr = size.node.expr
     return int(found) if found.is_Integer else found
+
+
+def sizes_only(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that tell of their inputs no value but only sizes: ``x.size(1)``, and what is computed from such."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        known = bool(sources) and all(source in found for source in sources)
+        if known or node.target in _SIZES or (node.target is getattr and node.args[1] in ("shape", "ndim")):
+            found.add(node)
+    return found
+
+
+_SIZES = ("size", "dim", "numel", torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
 
 def is_floating(node: fx.Node) -> bool:
@@ -177,21 +189,6 @@ def clean(name: str) -> str:
     """A parameter's name without what wrappers add: ``_orig_mod.``, checkpoint and adapter prefixes."""
     name = _WRAPPERS.sub("", name).lstrip(".")
     return _ADAPTERS.sub("", name)
-
-
-def weight_only(gm: fx.GraphModule, weights: Mapping[fx.Node, str]) -> set[fx.Node]:
-    """Every node whose value depends on weights alone: ``w.t()``, ``1 + w``. They cost nothing per token.
-
-    Not so what an op makes of a buffer by writing to it, nor what it draws at random.
-    """
-    found = set(weights)
-    for node in gm.graph.nodes:
-        sources = node.all_input_nodes if node.op in ("call_function", "call_method") else ()
-        if not sources or mutated_arguments(node) or is_random(node):
-            continue
-        if all(source in found for source in sources):
-            found.add(node)
-    return found
 
 
 def last_dim(node: fx.Node) -> Dim | None:

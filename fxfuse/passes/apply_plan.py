@@ -158,7 +158,8 @@ def _groups(plan: Plan, known: Collection[str], elsewhere: Callable[[str], bool]
         if all(map(elsewhere, absent)):
             raise PlanError(
                 f"parallel[{index}]: a graph break separates {absent[0]!r} from {_other(group, absent)!r}: this graph "
-                "holds only one of them. Remove the break (TORCH_LOGS=graph_breaks shows where it is) or the member"
+                "holds only one of them. Remove the break (TORCH_LOGS=graph_breaks shows where it is) or the member; "
+                "after a call that raised while it was traced, torch._dynamo.reset() has the model traced whole again"
             )
         raise PlanError(f"parallel[{index}]: {_first_unknown(absent, elsewhere)!r} is no branch of this graph"
                         f"{nearest(_first_unknown(absent, elsewhere), known)}")  # fmt: skip

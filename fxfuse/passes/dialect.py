@@ -2,6 +2,8 @@
 
 | found | written |
 |---|---|
+| ``x.type_as(y)`` | ``x.to(dtype)`` |
+| ``torch.addcmul(h, w, x)`` | ``h + w * x`` |
 | ``F.glu(x)`` | ``a, b = x.chunk(2, -1); a * sigmoid(b)`` |
 | ``einsum("bsd,fd->bsf", x, w)`` | ``F.linear(x, w)``, or ``x @ w`` for ``"bsd,df->bsf"`` |
 | ``x.unflatten(-1, (2, n))[..., 0, :]``, ``x.unflatten(-1, (n, 2))[..., 0]`` | ``x[..., 0:n:1]``, ``x[..., 0::2]`` |
@@ -59,9 +61,25 @@ def _translated(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if found.name in ("mul", "div"):
         return _gain_last(graph, node, found)
     source = found.node("input")
+    if found.name == "cast" and len(node.all_input_nodes) > 1:
+        return graph.call_method("to", (source, found.args["dtype"]))
+    if found.name == "addcmul":
+        return _addcmul(graph, node, found)
     if found.name == "glu" and source is not None and is_last(found.args.get("dim", -1), source):
         return _glu(graph, source)
     return _product(graph, node) if found.name == "einsum" else None
+
+
+def _addcmul(graph: fx.Graph, node: fx.Node, found: Op) -> fx.Node | None:
+    """As a product and a sum, so that a residual add is seen."""
+    start, pair = found.node("input"), [found.node("tensor1"), found.node("tensor2")]
+    whole = next((each for each in pair if each is not None and shape(each) == shape(node)), None)
+    if start is None or None in pair or whole is None or dtype(whole) != dtype(node):
+        return None
+    product = graph.call_function(torch.mul, tuple(pair))
+    product.meta = dict(node.meta)
+    factor = found.args.get("value", 1)
+    return graph.call_function(torch.add, (start, product), {} if factor == 1 else {"alpha": factor})
 
 
 def _glu(graph: fx.Graph, source: fx.Node) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
 
 from torch import fx
@@ -71,23 +72,30 @@ def bare_key(normed: Normed, numbering: Numbering) -> Hashable:
     return (found.name, numbering[source], key, repr(found.args.get("eps")))
 
 
-def _activation(node: fx.Node, leaves: dict[fx.Node, int]) -> Hashable:
-    """The function of one hidden unit, as an expression in projections and constants, views left out."""
+def _activation(node: fx.Node, leaves: dict[fx.Node, int], known: dict[fx.Node, str] | None = None) -> str:
+    """The function of one hidden unit, an expression in projections and constants with views left out, as a digest.
+
+    Of a digest of its operands, because a value that is read twice would be written out twice, and again in each.
+    """
+    known = {} if known is None else known
     if node in leaves:
-        return ("leaf", leaves[node])
-    found = op(node)
-    assert found is not None
-    if found.name in TRANSPARENT:
-        source = found.node("input")
-        assert source is not None
-        return _activation(source, leaves)
-    arguments = {
-        key: _activation(argument, leaves) if isinstance(argument, fx.Node) else repr(argument)
-        for key, argument in found.args.items()
-    }
-    if found.name in ("add", "mul") and "alpha" not in arguments:
-        return (found.name, tuple(sorted(map(repr, arguments.values()))))
-    return (found.name, tuple(arguments.items()))
+        return f"leaf {leaves[node]}"
+    if node not in known:
+        found = op(node)
+        assert found is not None
+        if found.name in TRANSPARENT:
+            source = found.node("input")
+            assert source is not None
+            known[node] = _activation(source, leaves, known)
+        else:
+            arguments = {
+                key: _activation(argument, leaves, known) if isinstance(argument, fx.Node) else repr(argument)
+                for key, argument in found.args.items()
+            }
+            commutes = found.name in ("add", "mul") and "alpha" not in arguments
+            expression = (found.name, sorted(arguments.values()) if commutes else list(arguments.items()))
+            known[node] = hashlib.sha256(repr(expression).encode()).hexdigest()
+    return known[node]
 
 
 def slots(ffn: FFN) -> tuple[Projection, ...]:
@@ -104,15 +112,20 @@ def constant_slots(ffn: FFN) -> tuple[fx.Node, ...]:
 def _leaves(ffn: FFN) -> tuple[fx.Node, ...]:
     blind = {each.output: 0 for each in ffn.projections} | dict.fromkeys(ffn.constants, 1)
     ranked: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    known: dict[fx.Node, str] = {}
 
     def visit(node: fx.Node) -> None:
         if node in blind:
             ranked[node] = None
             return
+        if node in seen:
+            return
+        seen.add(node)
         found = op(node)
         sources = list(node.all_input_nodes)
         if found is not None and found.name in ("add", "mul") and len(sources) == 2:
-            sources.sort(key=lambda source: repr(_activation(source, blind)))
+            sources.sort(key=lambda source: _activation(source, blind, known))
         for source in sources:
             visit(source)
 

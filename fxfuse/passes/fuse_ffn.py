@@ -147,9 +147,10 @@ def _write(
         with graph.inserting_before(residual.out):
             kernel = how[each]
             if share:
-                made = emit_batched(graph, each.branches)
+                made = emit_batched(graph, each.branches, residual.stream.node)
             else:
-                made = emit_wide(graph, each.branches, kernel if isinstance(kernel, Kernel) else None)
+                own = kernel if isinstance(kernel, Kernel) else None
+                made = emit_wide(graph, each.branches, residual.stream.node, own)
         wide.append(Term(made))
         if verifier is not None:
             verifier.check([([Term(made)], [branch.terms[0] for branch in each.branches])], "one FFN", each.names)

@@ -18,9 +18,10 @@ from fxfuse.passes.form import TRANSPARENT, constant_slots, slots
 from fxfuse.passes.kernel import ALIGNMENT, Kernel, call_kernel, gate_first
 
 
-def emit_wide(graph: fx.Graph, branches: Sequence[Branch], kernel: Kernel | None = None) -> fx.Node:
+def emit_wide(graph: fx.Graph, branches: Sequence[Branch], stream: fx.Node, kernel: Kernel | None = None) -> fx.Node:
     """The sum of ``branches``, FFNs of one form, as one FFN; written at the insertion point. Returns its contribution.
 
+    It has the sizes of ``stream``, which it is to be added to.
     ``down(middle(W x))`` with ``W`` the gate rows of all and then the up rows of all, each times its own norm's gain;
     in ATen, or as one call of fxfuse's ``kernel``.
     """
@@ -40,12 +41,12 @@ def emit_wide(graph: fx.Graph, branches: Sequence[Branch], kernel: Kernel | None
     if kernel is not None:
         source, eps = kernel.norm or (_shared_input(graph, ffns[0].normed, ffns[0].projections[0]), None)
         node = call_kernel(graph, kernel, source, weight, bias, down, down_bias, eps)
-        return _contribution(graph, node, branches, common, shape(source))
+        return _contribution(graph, node, branches, common, shape(source), stream)
     source = _shared_input(graph, ffns[0].normed, ffns[0].projections[0])
     wide = graph.call_function(F.linear, (source, weight, bias))
     hidden = _middle(graph, ffns[0], _slices(graph, wide, [width] * len(columns)), _constants(graph, ffns, names))
     node = graph.call_function(F.linear, (hidden, down, down_bias))
-    return _contribution(graph, node, branches, common, shape(ffns[0].normed.bare))
+    return _contribution(graph, node, branches, common, shape(ffns[0].normed.bare), stream)
 
 
 def _rows_of(
@@ -77,7 +78,7 @@ def _biases_of(
     return pack.cat(graph, padded, 0, f"projection bias of {names}")
 
 
-def emit_batched(graph: fx.Graph, branches: Sequence[Branch]) -> fx.Node:
+def emit_batched(graph: fx.Graph, branches: Sequence[Branch], stream: fx.Node) -> fx.Node:
     """The same sum, for FFNs of one width, over weights that are stacked and otherwise left as they are.
 
     Two batches of n GEMMs: ``[n, ..., d] x [n, 2f, d]`` and ``[n, ..., f] x [n, d, f]``, then a sum over n.
@@ -109,7 +110,7 @@ def emit_batched(graph: fx.Graph, branches: Sequence[Branch]) -> fx.Node:
     down_bias = _down_bias(graph, ffns, factors, names)
     if down_bias is not None:
         node = graph.call_function(torch.add, (node, down_bias))
-    return _contribution(graph, node, branches, common, shape(ffns[0].projections[0].input))
+    return _contribution(graph, node, branches, common, shape(ffns[0].projections[0].input), stream)
 
 
 def emit_projections(
@@ -283,14 +284,19 @@ def _middle(graph: fx.Graph, ffn: FFN, outputs: Sequence[fx.Node], constants: Se
 
 
 def _contribution(
-    graph: fx.Graph, node: fx.Node, branches: Sequence[Branch], common: Scale, inner: tuple[Dim, ...] | None
+    graph: fx.Graph,
+    node: fx.Node,
+    branches: Sequence[Branch],
+    common: Scale,
+    inner: tuple[Dim, ...] | None,
+    stream: fx.Node,
 ) -> fx.Node:
     """``node``, made of a value of sizes ``inner``, in the shape, dtype and scale of the members' contributions."""
     first = branches[0]
     assert first.ffn is not None
     outer = shape(first.terms[0].node)
     if inner is not None and outer is not None and inner[:-1] != outer[:-1]:
-        node = graph.call_method("reshape_as", (node, first.read))
+        node = graph.call_method("reshape_as", (node, stream))
     wanted, made = dtype(first.terms[0].node), dtype(first.ffn.down.output)
     if wanted is not None and wanted != made:
         node = graph.call_method("to", (node, wanted))

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from fxfuse.graph.ops import Op, drops_randomly, is_barrier, is_impure, mutated_arguments, op
+from fxfuse.graph.ops import Op, drops_randomly, is_barrier, is_impure, is_pointwise, mutated_arguments, op
 from tests.blocks import on_every_road, trace, vectors
 
 aten = torch.ops.aten
@@ -147,7 +147,7 @@ def test_a_model_speaks_the_vocabulary_on_every_road(road: str) -> None:
         call("to", "x", "cuda"),
         call("to", "x", torch.device("cpu"), torch.float32),
         call("to", "x", "y"),
-        call(torch.lerp, "x", "y", 0.5),
+        call(torch.prelu, "x", "y"),
         call("no_such_method", "x"),
         call(getattr, "x", "shape"),
         fx.Graph().placeholder("x"),
@@ -265,3 +265,24 @@ def test_the_borders_of_autocast_and_no_grad_are_barriers() -> None:
     borders = [node for node in traced.gm.graph.nodes if is_barrier(node)]
     assert len(borders) == 4
     assert not any(is_barrier(node) for node in traced.gm.graph.nodes if op(node) is not None)
+
+
+@pytest.mark.parametrize(
+    ("node", "pointwise"),
+    [
+        (call(torch.atan, "x"), True),
+        (call("round", "x"), True),
+        (call(torch.ops.aten.softshrink.default, "x"), True),
+        (call(torch.lerp, "x", "y", 0.5), True),
+        (call(torch.cumsum, "x", 0), False),
+        (call(torch.bernoulli, "x"), False),
+        (call("atan_", "x"), False),
+        (call(F.silu, "x"), True),
+        (call(torch.softmax, "x", -1), False),
+    ],
+    ids=lambda node: str(getattr(node.target, "__name__", node.target)) if isinstance(node, fx.Node) else "",
+)
+def test_of_an_op_without_a_name_pytorch_says_whether_it_is_pointwise(node: fx.Node, pointwise: bool) -> None:
+    found = op(node)
+
+    assert (found is not None and is_pointwise(found)) == pointwise

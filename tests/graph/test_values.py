@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ops import op
-from fxfuse.graph.values import clean, dtype, is_floating, parameters, same_shape, shape, value, weight_only
+from fxfuse.graph.values import clean, dtype, is_floating, parameters, same_shape, shape, value
 from tests.blocks import HIDDEN, WIDTH, Decoder, Stream, SwiGLU, on_every_road, ready, trace, vectors
 
 

@@ -78,7 +78,7 @@ def test_what_computes_nothing_is_removed(road: str) -> None:
 
         report = simplify(traced.gm)
 
-        assert [edit.action for edit in report.done] == [REMOVED[name][1]], name
+        assert [edit.action for edit in report.done if edit.action != "translated"] == [REMOVED[name][1]], name
         assert traced.count("to", "dropout", "type_as", "double") == 0, name
         assert_unchanged(model, traced, vectors())
 

@@ -132,9 +132,8 @@ def _inner(chosen: Options, mode: str | None) -> Callable[[fx.GraphModule, list[
             training = torch.is_grad_enabled() and any(
                 isinstance(each, Tensor) and each.requires_grad for each in inputs
             )
-            compiled = compile_fx(
-                gm, inputs, config_patches=(patches if training else with_linear_maps(patches)) or None
-            )
+            own = patches if training else with_linear_maps(gm, patches)
+            compiled = compile_fx(gm, inputs, config_patches=own or None)
             assert callable(compiled)
             return compiled
 

@@ -91,13 +91,6 @@ MUTATIONS = (
         ("tests/passes/test_kernel.py",),
     ),
     Mutation(
-        "let a kernel add to the stream what is added already",
-        "fxfuse/passes/kernel.py",
-        "total.replace_all_uses_with(node)",
-        "total.replace_all_uses_with(node, delete_user_cb=lambda user: user.op != 'output')",
-        ("tests/passes/test_kernel.py",),
-    ),
-    Mutation(
         "pack a weight that the model writes to",
         "fxfuse/graph/constant.py",
         "{node for node in weights if node not in written}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse import cpu
-from fxfuse.cpu import PASS, gemm, with_linear_maps
+from fxfuse.capture import capture
+from fxfuse.cpu import PASS, gemm, gemv, race, with_linear_maps
 from fxfuse.cpu.gemm import many_rows_by_onednn, onednn_wins
-from fxfuse.cpu.gemv import MAX_ROWS, few_rows_as_loops
+from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, few_rows_as_loops, loops_win, measure
 
 WEIGHT, BIAS = torch.linspace(-1, 1, 24 * 16).view(24, 16).sin(), torch.linspace(-1, 1, 24)
 FASTER = Callable[[int, int, int, int], bool]
+
+
+EMPTY = fx.GraphModule({}, fx.Graph())
 
 
 def rows(*shape: int) -> Tensor:
@@ -46,8 +51,22 @@ def onednn_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return lambda faster: monkeypatch.setattr(gemm, "onednn_wins", lambda *sizes: faster)
 
 
+class Always(dict[tuple[int, ...], bool]):
+    """What was measured, as if loops had won for every size of few rows."""
+
+    def get(self, size: tuple[int, ...], default: object = None) -> bool:  # type: ignore[override]
+        return size[0] <= MAX_ROWS
+
+
+@pytest.fixture
+def loops_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv, "_FASTER", Always())
+    monkeypatch.setattr(gemv, "measure", lambda gm: None)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("count", range(1, MAX_ROWS + 1))
+@pytest.mark.usefixtures("loops_are_faster")
 def test_few_rows_become_sums(count: int, biased: bool) -> None:
     function, args = (mapped, (rows(1, count), WEIGHT, BIAS)) if biased else (unbiased, (rows(1, count), WEIGHT))
     gm = traced(function, *args)
@@ -85,6 +104,7 @@ def test_more_rows_go_to_onednn_where_it_is_faster(biased: bool, onednn_is: Call
         (rows(9), WEIGHT.view(16, 24).t()),
     ],
 )
+@pytest.mark.usefixtures("loops_are_faster")
 def test_others_stay(x: Tensor, weight: Tensor, onednn_is: Callable[[bool], None]) -> None:
     onednn_is(True)
     gm = traced(unbiased, x, weight)
@@ -94,26 +114,54 @@ def test_others_stay(x: Tensor, weight: Tensor, onednn_is: Callable[[bool], None
     assert has_gemm(gm)
 
 
+@pytest.mark.usefixtures("loops_are_faster")
 def test_many_rows_are_no_loops() -> None:
     assert few_rows_as_loops(traced(unbiased, rows(MAX_ROWS + 1), WEIGHT).graph) == 0
 
 
-def test_what_is_faster_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    onednn_wins.cache_clear()
-    sizes = (7, 16, 24, torch.get_num_threads())
-    found = onednn_wins(*sizes)
+def test_what_was_not_measured_is_no_loop() -> None:
+    assert few_rows_as_loops(traced(unbiased, rows(1, 2), WEIGHT).graph) == 0
 
-    monkeypatch.setattr(gemm, "_sampler", None)
-    assert onednn_wins(*sizes) is found
+
+@pytest.mark.parametrize("win", [onednn_wins, loops_win])
+def test_what_is_faster_is_measured_once(win: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    win.cache_clear()
+    sizes = (2, 16, 24, torch.get_num_threads())
+    found = win(*sizes)
+
+    monkeypatch.setattr(race, "seconds", None)
+    assert win(*sizes) is found
     with pytest.raises(TypeError):
-        onednn_wins(8, *sizes[1:])
+        win(3, *sizes[1:])
 
 
-@pytest.mark.parametrize(("seconds", "wins"), [(0.5, True), (gemm.MARGIN + 0.01, False), (2.0, False)])
-def test_the_faster_one_is_taken(seconds: float, wins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "_sampler", lambda linear, *_: lambda: 1.0 if linear is F.linear else seconds)
+@pytest.mark.parametrize(("time", "wins"), [(0.5, True), (race.MARGIN + 0.01, False), (2.0, False)])
+def test_the_faster_one_is_taken(time: float, wins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "seconds", lambda linear, *_: 1.0 if linear is F.linear else time)
 
-    assert onednn_wins.__wrapped__(7, 16, 24, 1) is wins
+    assert race.wins(torch.mm, F.linear, 7, 16, 24) is wins
+
+
+@pytest.mark.parametrize("count", [1, MAX_ROWS])
+def test_the_sample_is_the_product(count: int) -> None:
+    made = compiled_loops(count, 16, 24)(rows(count), WEIGHT)
+
+    torch.testing.assert_close(made, F.linear(rows(count), WEIGHT))
+
+
+def test_linear_maps_of_few_rows_are_measured_before_they_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(gemv, "_FASTER", {})
+    monkeypatch.setattr(gemv, "loops_win", lambda *size: asked.append(size) or True)
+    side = int(LEAST**0.5)
+    model = nn.Sequential(nn.Linear(side, side), nn.Linear(side, side), nn.Linear(side, 2 * side), nn.Linear(2, 2))
+
+    for count in (1, 1, 3, MAX_ROWS + 1):
+        (captured,) = capture(model[:3], torch.zeros(1, count, side))
+        measure(captured.gm)
+
+    threads = torch.get_num_threads()
+    assert asked == [(count, side, width, threads) for count in (1, 3) for width in (side, 2 * side)]
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])
@@ -139,6 +187,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("loops_are_faster")
 @pytest.mark.parametrize(
     ("count", "dynamic", "expected"),
     [(1, False, (2, 0)), (3, False, (6, 0)), (MAX_ROWS + 1, False, (0, 2)), (MAX_ROWS + 1, True, (0, 2))],
@@ -173,13 +222,13 @@ def test_what_trains_is_left_alone(counted: list[tuple[int, int]]) -> None:
 def test_a_pass_of_the_users_own_keeps_its_place() -> None:
     own = object()
 
-    assert with_linear_maps({PASS: own}) == {PASS: own}
+    assert with_linear_maps(EMPTY, {PASS: own}) == {PASS: own}
     with torch._inductor.config.patch({PASS: own}):
-        assert with_linear_maps({"max_autotune": True}) == {"max_autotune": True}
+        assert with_linear_maps(EMPTY, {"max_autotune": True}) == {"max_autotune": True}
 
 
 def test_inductors_caches_know_the_pass() -> None:
-    one, other = with_linear_maps({})[PASS], with_linear_maps({})[PASS]
+    one, other = with_linear_maps(EMPTY, {})[PASS], with_linear_maps(EMPTY, {})[PASS]
 
     assert isinstance(one, CustomGraphPass) and isinstance(other, CustomGraphPass)
     assert one.uuid() and one.uuid() == other.uuid()

@@ -1,8 +1,8 @@
 """How linear maps are computed on CPUs, without gradients: what inductor is told beyond its own rules.
 
 The backend gives inductor one pass over the graph that it makes of ours (aten ops, all sizes known). Products of few
-rows become loops (`gemv`); others go to oneDNN where that is faster on this machine (`gemm`). Both are exact, keep no
-copy of any weight, and so are always true to it.
+rows become loops (`gemv`), others go to oneDNN (`gemm`), each where it is faster on this machine (`race`). Both are
+exact, keep no copy of any weight, and so are always true to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from fxfuse.cpu.gemm import many_rows_by_onednn
-from fxfuse.cpu.gemv import few_rows_as_loops
+from fxfuse.cpu.gemv import few_rows_as_loops, measure
 
 PASS = "post_grad_custom_pre_pass"
 """The option of inductor that takes the pass."""
@@ -33,10 +33,12 @@ class LinearMaps(CustomGraphPass):
         return get_hash_for_files(tuple(map(str, sorted(Path(__file__).parent.glob("*.py")))))
 
 
-def with_linear_maps(options: Mapping[str, object]) -> dict[str, object]:
-    """Inductor's ``options`` with the pass among them, for graphs that compute no gradients.
+def with_linear_maps(gm: fx.GraphModule, options: Mapping[str, object]) -> dict[str, object]:
+    """Inductor's ``options`` for a graph of Dynamo that computes no gradients, with the pass among them.
 
     A pass of the user's own in the same place keeps it.
     """
-    taken = PASS in options or getattr(torch._inductor.config, PASS) is not None
-    return dict(options) if taken else {**options, PASS: LinearMaps()}
+    if PASS in options or getattr(torch._inductor.config, PASS) is not None:
+        return dict(options)
+    measure(gm)
+    return {**options, PASS: LinearMaps()}

@@ -1,37 +1,108 @@
 """Linear maps of a few tokens as loops: what decoding on a CPU consists of.
 
-A product of one row and a matrix reads each weight once and does next to nothing with it. The GEMM libraries that
-PyTorch calls on CPUs reach a third of the memory's bandwidth in float32 (benchmarks/decode.py); the loop that inductor
-writes for ``sum(weight * row)`` comes close to all of it, and takes norm, activation and residual add along.
-Lower dtypes have a kernel of their own in PyTorch, which is as good, and are left alone.
+A product of one row and a matrix reads each weight once and does next to nothing with it. On processors of other makers
+than its own, the GEMM library that PyTorch calls reaches a third of the memory's bandwidth in float32; the loop that
+inductor writes for ``sum(weight * row)`` comes close to all of it, and takes norm, activation and residual add along.
+Elsewhere the library is the faster one, so it is measured, once for each size. Lower dtypes have a kernel of their own
+in PyTorch, and are left alone.
 
 Exact: a sum of the same products, in another order.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import cast
+
+import torch
 from torch import fx, ops
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.cpu.products import products
+from fxfuse.cpu.race import Linear, wins
+from fxfuse.graph.ops import op
+from fxfuse.graph.values import value
 
 MAX_ROWS = 4
 """Above, products with several rows at a time win: measured for float32 from 576 x 1536 to 11264 x 2048."""
 
+LEAST = 1 << 16
+"""Weights of fewer elements are in a cache, and left alone."""
+
+Size = tuple[int, int, int, int]
+"""Rows, fan-in, fan-out, threads."""
+
 
 def few_rows_as_loops(graph: fx.Graph) -> int:
-    """Rewrite each float32 product of at most `MAX_ROWS` rows with a weight ``[out, in]`` on a CPU; returns how many.
+    """Rewrite the float32 products on a CPU for which `measure` found loops to be faster; returns how many.
 
     Args:
         graph: aten ops with fake tensors in ``node.meta["val"]``, as inductor has it after autograd.
     """
-    few = [product for product in products(graph) if isinstance(product.count, int) and product.count <= MAX_ROWS]
-    for product in few:
+    few = [
+        (product, product.count)
+        for product in products(graph)
+        if isinstance(product.count, int)
+        and _FASTER.get((product.count, product.fan_in, product.width, torch.get_num_threads()), False)
+    ]
+    for product, count in few:
         with graph.inserting_before(product.node):
-            made = _loops(graph, product.rows, product.weight(), int(product.count))
+            made = _loops(graph, product.rows, product.weight(), count)
             if product.bias is not None:
                 made = graph.call_function(ops.aten.add.Tensor, (made, product.bias))
         product.replace(made)
     return len(few)
+
+
+_FASTER: dict[Size, bool] = {}
+
+
+def measure(gm: fx.GraphModule) -> None:
+    """Find out for the linear maps of ``gm``, a graph of Dynamo, whether loops are faster: it compiles a sample.
+
+    Not left to the pass, because inductor does not compile while it compiles.
+    """
+    for size in dict.fromkeys(map(_size_of, gm.graph.nodes)):
+        if size is not None and size not in _FASTER:
+            _FASTER[size] = loops_win(*size)
+
+
+def _size_of(node: fx.Node) -> Size | None:
+    found = op(node)
+    given = [value(each) if each is not None else None for each in (found.node("input"), found.node("weight"))] \
+        if found is not None and found.name == "linear" else []  # fmt: skip
+    if not given or any(each is None or each.device.type != "cpu" or each.dtype != torch.float32 for each in given):
+        return None
+    x, weight = given
+    assert x is not None and weight is not None
+    sizes = (*x.shape, *weight.shape)
+    if not all(isinstance(size, int) for size in sizes) or weight.numel() < LEAST:
+        return None
+    rows = x.numel() // max(1, x.shape[-1])
+    return (rows, weight.shape[1], weight.shape[0], torch.get_num_threads()) if 0 < rows <= MAX_ROWS else None
+
+
+@cache
+def loops_win(rows: int, fan_in: int, fan_out: int, threads: int) -> bool:
+    """Whether loops multiply float32 ``[rows, fan_in]`` with a weight ``[fan_out, fan_in]`` faster than PyTorch."""
+    del threads  # a part of the key only
+    return wins(compiled_loops(rows, fan_in, fan_out), torch.nn.functional.linear, rows, fan_in, fan_out)
+
+
+def compiled_loops(rows: int, fan_in: int, fan_out: int) -> Linear:
+    """``x @ weight.T`` for ``[rows, fan_in]`` and ``[fan_out, fan_in]`` as inductor writes it for loops."""
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch.no_grad(), _disable_current_modes(), torch._guards.tracing(None):
+        inputs = [torch.empty(rows, fan_in), torch.empty(fan_out, fan_in)]
+        gm = make_fx(lambda x, weight: torch.mm(x, weight.t()), tracing_mode="fake")(*inputs)
+        (product,) = products(gm.graph)
+        with gm.graph.inserting_before(product.node):
+            made = _loops(gm.graph, product.rows, product.weight(), rows)
+        product.replace(made)
+        gm.recompile()
+        return cast("Linear", compile_fx(gm, inputs))
 
 
 def _loops(graph: fx.Graph, rows: fx.Node, weight: fx.Node, count: int) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 
@@ -21,6 +22,9 @@ def apply(
 ) -> nn.Module:
     """Let ``model`` compute what ``plan`` says from now on, in place: prune it, then ``model.compile``.
 
+    A ``copy.deepcopy`` of it follows the plan as well. What was pickled (``torch.save(model)``) keeps the drops only,
+    as nothing compiled can be pickled: apply the plan again to what was loaded.
+
     Args:
         model: any module; its class, its ``state_dict`` keys and its methods stay.
         plan: the plan, or the path of one.
@@ -30,8 +34,8 @@ def apply(
         options: other options of the backend, see :class:`fxfuse.options.Options`.
 
     Raises:
-        PlanError, OptionError: the plan or an option is not valid.
-        PruneError: a dropped branch cannot leave the model; the model is then as it was.
+        PlanError, OptionError: the plan or an option is not valid, or a dropped module is no branch.
+        PruneError: a dropped branch cannot leave the model. After any of these the model is as it was.
     """
     given: dict[str, object] = {"plan": plan, "inner": inner, **options}
     chosen = Options.parse(given)
@@ -45,5 +49,33 @@ def apply(
         prune(model, leaving, example)
     else:
         prune(model, leaving)
-    model.compile(backend="ffnfuse", options=given)
+    return _compile(model, given)
+
+
+def _compile(model: nn.Module, options: Mapping[str, object]) -> nn.Module:
+    model.compile(backend="ffnfuse", options=options)
+    vars(model)["__deepcopy__"] = _Copier(model, options)  # copy asks the object, and not only its class
     return model
+
+
+class _Copier:
+    """Lets copies of a model follow its plan: ``nn.Module`` leaves behind what was compiled, and says nothing."""
+
+    def __init__(self, model: nn.Module, options: Mapping[str, object]) -> None:
+        self._model, self._options = model, options
+        self._compiled = model._compiled_call_impl
+
+    def __call__(self, memo: dict[int, object]) -> nn.Module:
+        own = vars(self._model)
+        del own["__deepcopy__"]
+        try:
+            made = copy.deepcopy(self._model, memo)
+        finally:
+            own["__deepcopy__"] = self
+        if self._model._compiled_call_impl is not self._compiled:
+            return made  # somebody has compiled the model anew, and its copies follow no plan either
+        return _compile(made, self._options)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickled, it is None, which copy takes for no wish of the object's own."""
+        return type(None), ()

@@ -5,8 +5,9 @@ A batch is a mapping of the model's keyword arguments; any iterable of batches s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
 import torch
@@ -61,8 +62,15 @@ def call(model: Model, number: int, batch: Batch) -> object:
         RecordError: the model raised; the message names the batch, the error is chained.
         FxfuseError: what the backend ``ffnfuse`` had to say about the model's plan, itself.
     """
-    try:
+    with blaming(number, batch):
         return model(**on_device_of(model, batch))
+
+
+@contextmanager
+def blaming(number: int, batch: Batch) -> Iterator[None]:
+    """What a model raises inside is said of ``batch``, the ``number``-th; see :func:`call`."""
+    try:
+        yield
     except Exception as error:
         reason = innermost(error)
         if isinstance(reason, FxfuseError):
@@ -71,6 +79,35 @@ def call(model: Model, number: int, batch: Batch) -> object:
         raise RecordError(
             f"the model cannot be called with batch {number} ({_keys(batch)}): {type(reason).__name__}: {first}"
         ) from error
+
+
+def fresh(batch: Batch) -> dict[str, object]:
+    """``batch`` for one call of many: what may hold state, such as a KV cache, is a copy, which the call may fill."""
+    return {name: value if is_data(value) else copy.deepcopy(value) for name, value in batch.items()}
+
+
+def is_data(value: object) -> bool:
+    """Whether ``value`` is tensors and numbers only, which a model reads and leaves as they are."""
+    if isinstance(value, tuple | list):
+        return all(map(is_data, value))
+    if isinstance(value, dict):
+        return all(map(is_data, value.values()))
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
+def thoroughly() -> AbstractContextManager[None]:
+    """Inside, each kind of call is traced, whatever their number: Dynamo must never run the original code instead."""
+    config: AbstractContextManager[None] = torch._dynamo.config.patch(
+        suppress_errors=False, recompile_limit=64, fail_on_recompile_limit_hit=True
+    )
+    return config
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The module itself where ``model`` is what torch.compile returned for it."""
+    while isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model
 
 
 def logits_of(output: object) -> Tensor | None:

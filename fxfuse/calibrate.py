@@ -11,18 +11,20 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxfuse.backend import ffnfuse
-from fxfuse.batches import eval_mode, logits_of
-from fxfuse.capture import uncompiled
-from fxfuse.errors import CaptureError, OptionError, RecordError
+from fxfuse.batches import eval_mode, is_data, logits_of
+from fxfuse.bounds import check_count
+from fxfuse.capture import innermost, uncompiled
+from fxfuse.divergence import divergence
+from fxfuse.errors import CaptureError, FxfuseError, NotFiniteError, OptionError, RecordError
 from fxfuse.plan import Plan
 from fxfuse.planning import make_plan
-from fxfuse.record import Recorder, divergence
+from fxfuse.record import Recorder
 from fxfuse.recording import Recording
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ class Calibration:
 
     Attributes:
         batches: the calls that could be repeated, which the plan was measured on.
-        unrecorded: calls that were made and could not be measured, because they write to a cache in place.
+        unrecorded: calls that were made and could not be measured: they write to a cache in place, say, or the model
+            runs through several graphs in them.
     """
 
     recording: Recording | None = None
@@ -56,8 +59,8 @@ def calibrate(
 ) -> Iterator[Calibration]:
     """Record the calls of ``compiled`` inside the block; when it ends, make one plan and let the model follow it.
 
-    The calls return what they always return, more slowly: they run in eval mode, without gradients. If the block
-    raises, nothing changes.
+    The calls return, and raise, what they always do, more slowly: they run in eval mode, without gradients. What is
+    wrong with a recording is said when the block ends. If the block raises, nothing changes.
 
     Args:
         compiled: ``torch.compile(model, backend="ffnfuse")``, or a model after ``model.compile(backend="ffnfuse")``.
@@ -67,36 +70,18 @@ def calibrate(
         choices: of :func:`fxfuse.make_plan`.
 
     Raises:
-        OptionError: ``compiled`` is not compiled with ffnfuse, or follows a plan already.
-        RecordError: no call could be recorded, or none repeated (a plan is measured on calls like
-            ``model(input_ids=...)``).
+        OptionError: ``compiled`` is not compiled with ffnfuse, follows a plan already, or is being calibrated already.
+        CaptureError, RecordError: no call could be recorded, or none repeated (a plan is measured on calls like
+            ``model(input_ids=...)``), or what the model computed is NaN.
     """
+    check_count("max_tokens", max_tokens)
     seat = _Seat(compiled)
-    recorder = Recorder(seat.model, None, max_group=0)
-    found = Calibration()
-    problem: CaptureError | None = None
-
-    def instead(*args: object, **kwargs: object) -> object:
-        nonlocal problem
-        if recorder.tokens >= max_tokens:
-            return seat.original(*args, **kwargs)
-        batch = _by_name(seat.model, args, kwargs)
-        with eval_mode(seat.model):
-            try:
-                output = recorder(recorder.batches, batch)
-            except CaptureError as error:  # raised before anything has run
-                problem = error
-                found.unrecorded += 1
-                return seat.original(*args, **kwargs)
-            repeated = _repeatable(seat.model, batch, output)
-        if repeated is not None:
-            found.batches.append(repeated)
-        return output
-
-    with seat.taken_by(instead):
+    listener = _Listener(seat, max_tokens)
+    found, recorder = listener.found, listener.recorder
+    with seat.taken_by(listener):
         yield found
-    if problem is not None and not recorder.tokens:
-        raise problem
+    if listener.problem is not None and (listener.deaf or not recorder.tokens):
+        raise listener.problem
     found.recording = recorder.result()
     if not found.batches:
         raise RecordError(
@@ -108,6 +93,49 @@ def calibrate(
     log.info("calibrated on %d tokens: %s", recorder.tokens, found.plan.model_dump_json())
 
 
+class _Listener:
+    """Called in the model's place: does what the model does, and records it.
+
+    Attributes:
+        problem: the last reason why a call could not be recorded.
+        deaf: whether what was recorded is of no use, so that nothing more is.
+    """
+
+    def __init__(self, seat: _Seat, max_tokens: int) -> None:
+        self._seat, self._max_tokens = seat, max_tokens
+        self.recorder = Recorder(seat.model, None, max_group=0)
+        self.found = Calibration()
+        self.problem: FxfuseError | None = None
+        self.deaf = False
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        if self.deaf or self.recorder.tokens >= self._max_tokens:
+            return self._seat.original(*args, **kwargs)
+        batch = _by_name(self._seat.model, args, kwargs)
+        with eval_mode(self._seat.model):
+            try:
+                output = self.recorder.run(batch)
+            except Exception as error:
+                reason = innermost(error)
+                if not isinstance(reason, CaptureError):
+                    raise  # the model's own
+                self._missed(reason)  # before anything has run
+                return self._seat.original(*args, **kwargs)
+            try:
+                self.recorder.measure(self.recorder.batches, batch, output)
+            except RecordError as error:
+                self._missed(error)
+                return output
+            repeated = _repeatable(self._seat.model, batch, output)
+        if repeated is not None:
+            self.found.batches.append(repeated)
+        return output
+
+    def _missed(self, problem: FxfuseError) -> None:
+        self.problem, self.deaf = problem, isinstance(problem, NotFiniteError)
+        self.found.unrecorded += 1
+
+
 class _Seat:
     """Where a compiled model keeps what is called in its place: an OptimizedModule, or a module compiled in place."""
 
@@ -115,27 +143,15 @@ class _Seat:
         self._compiled = compiled
         if isinstance(compiled, torch._dynamo.OptimizedModule):
             self.model: nn.Module = compiled._orig_mod
-            callback: object = getattr(compiled.dynamo_ctx, "callback", None)
+            self._attribute = "forward"
         else:
             self.model = compiled
-            call = getattr(compiled, "_compiled_call_impl", None)
-            callback = None if call is None else inspect.getclosurevars(call).nonlocals.get("callback")
-        while hasattr(callback, "_torchdynamo_orig_backend"):
-            callback = callback._torchdynamo_orig_backend
-        if not isinstance(callback, torch._TorchCompileWrapper) or callback.compiler_fn is not ffnfuse:
-            raise OptionError('calibrate takes a model compiled with torch.compile(model, backend="ffnfuse")')
-        self._wrapper = callback
-        if self._options.get("plan") is not None:
+            self._attribute = "_compiled_call_impl"
+        if isinstance(getattr(compiled, self._attribute, None), _Listener):
+            raise OptionError("this model is being calibrated already: let that block end before another begins")
+        self._given = _arguments_of(compiled)
+        if self._given["options"].get("plan") is not None:
             raise OptionError("this model follows a plan already: calibrate one that was compiled without")
-
-    @property
-    def _options(self) -> Mapping[str, object]:
-        options: Mapping[str, object] = self._wrapper.kwargs.get("options") or {}
-        return options
-
-    @property
-    def _attribute(self) -> str:
-        return "forward" if self._compiled is not self.model else "_compiled_call_impl"
 
     @contextmanager
     def taken_by(self, instead: Callable[..., object]) -> Iterator[None]:
@@ -148,14 +164,45 @@ class _Seat:
 
     def follow(self, plan: Plan) -> None:
         """Compile anew, with ``plan``; graphs made without it serve no longer."""
-        given = {**self._wrapper.kwargs, "options": {**self._options, "plan": plan}}
+        given = {**self._given, "options": {**self._given["options"], "plan": plan}}
         if isinstance(self._compiled, torch._dynamo.OptimizedModule):
-            fresh: object = torch.compile(self.model, backend="ffnfuse", dynamic=self._wrapper.dynamic, **given)
+            fresh: object = torch.compile(self.model, backend="ffnfuse", **given)
             assert isinstance(fresh, torch._dynamo.OptimizedModule)
             self._compiled.dynamo_ctx = fresh.dynamo_ctx
             self._compiled._initialize()
         else:
-            self._compiled.compile(backend="ffnfuse", dynamic=self._wrapper.dynamic, **given)
+            self._compiled.compile(backend="ffnfuse", **given)
+
+
+def _arguments_of(compiled: nn.Module) -> dict[str, Any]:
+    """The arguments that torch.compile was called with, backend apart; only the backend's own are in one place.
+
+    Raises:
+        OptionError: it was not called with the backend ``ffnfuse``.
+    """
+    if isinstance(compiled, torch._dynamo.OptimizedModule):
+        context: object = compiled.dynamo_ctx
+    else:
+        call = getattr(compiled, "_compiled_call_impl", None)
+        context = None if call is None else inspect.getclosurevars(call).nonlocals.get("self")
+    limit, backend = None, getattr(context, "callback", None)
+    while inner := getattr(backend, "_torchdynamo_orig_backend", None):
+        limit, backend = getattr(backend, "_recompile_limit", limit), inner
+    if not isinstance(backend, torch._TorchCompileWrapper) or backend.compiler_fn is not ffnfuse:
+        raise OptionError('calibrate takes a model compiled with torch.compile(model, backend="ffnfuse")')
+    found = {
+        "recompile_limit": limit,
+        "dynamic": backend.dynamic,
+        "fullgraph": getattr(context, "fullgraph", False),
+        "isolate_recompiles": getattr(context, "_isolate_recompiles_id", -1) != -1 or None,  # not in every torch
+        "shapes_spec": getattr(context, "_shapes_spec", None),
+    }
+    options = dict(backend.kwargs.get("options") or {})
+    guards = getattr(getattr(context, "_hooks", None), "guard_filter_fn", None)
+    if guards is not None:
+        options["guard_filter_fn"] = guards
+    given = {name: value for name, value in found.items() if value is not None}
+    return {**backend.kwargs, **given, "options": options}
 
 
 def _by_name(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -175,7 +222,7 @@ def _repeatable(model: nn.Module, batch: Mapping[str, object], output: object) -
     logits, ids = logits_of(output), batch.get("input_ids")
     if logits is None or not isinstance(ids, Tensor):
         return None
-    plain = {name: value for name, value in batch.items() if all(map(_is_data, tree_leaves(value)))}
+    plain = {name: value for name, value in batch.items() if is_data(value)}
     tokens: dict[str, object] = {name: plain[name] for name in ("input_ids", "attention_mask") if name in plain}
     for call in (plain, tokens):
         with uncompiled(model):
@@ -192,7 +239,3 @@ def _agree(logits: Tensor, again: Tensor) -> bool:
     if logits.shape != again.shape:
         return False
     return float(divergence(logits.flatten(0, -2), again.flatten(0, -2)).mean()) < _SAME
-
-
-def _is_data(value: object) -> bool:
-    return value is None or isinstance(value, Tensor | bool | int | float | str)

@@ -29,3 +29,5 @@ def main(args: Sequence[str] | None = None) -> None:
         app(args)
     except FxfuseError as error:
         sys.exit(f"fxfuse: {' '.join(str(error).split())}")
+    except OSError as error:  # a full disk, a folder that went away: nothing that a stack of calls could explain
+        sys.exit(f"fxfuse: {' '.join(str(error).split())}")

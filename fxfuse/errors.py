@@ -51,6 +51,19 @@ class MissingDependencyError(FxfuseError):
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """The names most like ``name``, as the end of an error message; empty if nothing is alike."""
-    alike = difflib.get_close_matches(name, sorted(set(known)), n=limit, cutoff=0.5)
-    return f"; nearest: {', '.join(alike)}" if alike else ""
+    """The names most like ``name``, or else some that there are, as the end of an error message."""
+    names = sorted(set(known))
+    if near := alike(name, names, limit):
+        return f"; nearest: {', '.join(near)}"
+    some = [*names[:limit], "..."] if len(names) > limit else names
+    return f"; there are: {', '.join(some)}" if some else ""
+
+
+def alike(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The names most like ``name``: first the same place seen from deeper or from further out, then the same spelling.
+
+    A submodule compiled by itself calls ``mlp`` what its model calls ``model.layers.3.mlp``.
+    """
+    names = sorted(set(known))
+    same = [each for each in names if f".{name}".endswith(f".{each}") or f".{each}".endswith(f".{name}")]
+    return same[:limit] or difflib.get_close_matches(name, names, n=limit, cutoff=0.5)

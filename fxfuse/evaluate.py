@@ -17,7 +17,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.batches import Batch, Model, call, check_batch, eval_mode, logits_of
+from fxfuse.batches import Batch, Model, call, check_batch, eval_mode, fresh, logits_of
+from fxfuse.bounds import check_count
 from fxfuse.errors import NotFiniteError, OptionError, RecordError
 from fxfuse.progress import bar
 
@@ -99,7 +100,8 @@ def evaluate(
             serves. Each row is a sequence, and position t predicts the token at t + 1. A token is left out if
             ``attention_mask`` ``[batch, length]`` hides it or the position that predicts it, or if ``labels`` (not
             shifted, and not given to the model) has -100 for it.
-        reference: the model that ``model`` stands for; it is called with the same batches.
+        reference: the model that ``model`` stands for; it is called with the same batches; each call gets its own
+            copy of what holds state, such as a KV cache.
         max_tokens: count no more predicted tokens than this.
         progress: show a bar on stderr.
         confidence: of the intervals, between 0 and 1.
@@ -116,8 +118,7 @@ def evaluate(
         OptionError: ``max_tokens`` or ``confidence`` out of range.
         FxfuseError: whatever the backend has to say about the plan of a compiled model.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise OptionError(f"max_tokens must be at least 1, not {max_tokens}")
+    check_count("max_tokens", max_tokens)
     if not 0 < confidence < 1:
         raise OptionError(f"confidence lies between 0 and 1 (0.95, say), not at {confidence}")
     models = [model] if reference is None else [model, reference]
@@ -170,7 +171,7 @@ def _targets(number: int, batch: Batch, limit: int | None) -> Tensor:
 
 
 def _logits(model: Model, number: int, arguments: Batch, targets: Tensor) -> Tensor:
-    logits = logits_of(call(model, number, arguments))
+    logits = logits_of(call(model, number, fresh(arguments)))
     if logits is None:
         raise RecordError(
             f"batch {number}: the model returned no logits: let it return a tensor [batch, length, vocabulary], or an "

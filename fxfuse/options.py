@@ -10,7 +10,7 @@ from typing import TypeAlias, get_args
 
 from torch import Tensor, fx
 
-from fxfuse.errors import OptionError, nearest
+from fxfuse.errors import OptionError, alike, nearest
 from fxfuse.passes.kernel import Kernels
 from fxfuse.plan import Plan
 from fxfuse.weights import Mode
@@ -49,12 +49,13 @@ class PlanFile:
         return status == self._seen
 
 
-def _status(path: str) -> tuple[int, int] | None:
+def _status(path: str) -> tuple[int, ...] | None:
+    """What differs when the file does: a copy may keep length and time, but not the inode, or when that was written."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
 
 def _digest(path: str) -> str:
@@ -104,7 +105,8 @@ class Options:
         known = [each.name for each in fields(cls)]
         for name in given:
             if name not in known:
-                raise OptionError(f"unknown option {name!r}{nearest(name, known)}; there are: {', '.join(known)}")
+                near = nearest(name, alike(name, known))
+                raise OptionError(f"unknown option {name!r}{near}; there are: {', '.join(known)}")
         values = dict(given)
         plan = values.get("plan")
         if isinstance(plan, str | os.PathLike):

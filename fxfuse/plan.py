@@ -102,7 +102,7 @@ class Plan(BaseModel):
             PlanError: no such file, not JSON (a truncated file, say), or not a plan.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"plan file {os.fspath(path)!r} cannot be read: {error}") from error
         return cls.from_json(text, source=os.fspath(path))

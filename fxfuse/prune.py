@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
-from fxfuse.errors import PruneError, nearest
+from fxfuse.errors import FxfuseError, PruneError, nearest
 from fxfuse.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,10 @@ log = logging.getLogger(__name__)
 APART: Any = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 """For torch.compile: graphs of our own neither serve the model's other compilations nor count towards their limit."""
 
-Example = tuple[Sequence[object], Mapping[str, object]]
+Example: TypeAlias = tuple[Sequence[object], Mapping[str, object]]
+
+_Lengths: TypeAlias = list[list[tuple[type, int]]]
+"""Of each KV cache, each layer's kind and how many tokens it holds."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class _Seen:
         hidden: the argument that has the shape of the output: zeros are made like it.
         layout: the output, with True for the contribution, a ``_Source`` for an argument handed through, else None.
         dtype: of the contribution, if it is not that of ``hidden``.
-        first: the module writes the first layer of its kind in a KV cache, which carries the sequence's length.
+        first: the module writes the first layer of its kind in a KV cache, which carries the sequence's length; or it
+            is given a cache that nobody here can read.
     """
 
     hidden: _Source
@@ -66,6 +73,10 @@ class _Seen:
             return spot(args, kwargs) if isinstance(spot, _Source) else spot
 
         return tree_map(fill, self.layout)
+
+    def silence(self, _: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], output: object) -> object:
+        """A forward hook; a method, because a closure would keep the model from being pickled."""
+        return self.zeros(args, kwargs)
 
 
 class Dropped(nn.Module):
@@ -88,11 +99,7 @@ class Dropped(nn.Module):
 
 def _count_only(original: nn.Module, seen: _Seen) -> None:
     """Let a module that must go on writing its cache contribute nothing, under the same names as before."""
-
-    def silence(_: nn.Module, args: Sequence[object], kwargs: dict[str, object], output: object) -> object:
-        return seen.zeros(args, kwargs)
-
-    handle = original.register_forward_hook(silence, with_kwargs=True)
+    handle = original.register_forward_hook(seen.silence, with_kwargs=True)
     original._fxfuse_silenced = handle  # type: ignore[assignment]  # a plain attribute: torch types modules' as tensors
 
 
@@ -105,7 +112,8 @@ def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.M
     """Take the branches that ``plan`` drops out of ``model``, in place; returns it.
 
     ``args`` and ``kwargs`` are one example call; a Hugging Face model needs none. Before anything is changed for good,
-    the pruned model's outputs are compared with those of the dropped graph; if they differ the model is put back.
+    the pruned model's outputs are compared with those of the dropped graph, both in eval mode, where no dropout tells
+    two calls apart; if they differ the model is put back.
 
     The first attention of each cache type keeps its weights and its cache, which carries the sequence's length, and
     contributes nothing.
@@ -113,6 +121,7 @@ def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.M
     Raises:
         PruneError: a name is no module, a module is not called exactly once, returns nothing like its input, or its
             absence is more than zeros in its place.
+        PlanError: a name is a module, but no branch of the stream.
     """
     targets = {name: _module(model, name) for name in plan.drop}
     targets = {name: module for name, module in targets.items() if not is_dropped(module)}
@@ -147,7 +156,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        known = [path for path, _ in model.named_modules()]
+        known = [path for path, _ in model.named_modules() if path]
         raise PruneError(
             f"{name!r} is no module of this model, so it cannot leave it{nearest(name, known)}. "
             "torch.compile with this plan drops it from the graph"
@@ -177,39 +186,32 @@ def _with_cache(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, o
     return {**kwargs, "use_cache": True} if free or "use_cache" in kwargs else kwargs
 
 
-def _call(model: nn.Module, example: Example) -> object:
+@contextmanager
+def _trial(model: nn.Module) -> Iterator[None]:
+    """For calls that leave no trace: the model's own code, in eval mode, and no random numbers used up."""
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
-        with torch.no_grad():
-            return model(*example[0], **example[1])
+        for module in training:
+            module.training = False  # not .eval(), which models override, and which knows no way back to mixed modes
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
     finally:
+        for module in training:
+            module.training = True
         model._compiled_call_impl = compiled
+
+
+def _call(model: nn.Module, example: Example) -> object:
+    with _trial(model):
+        return model(*example[0], **example[1])
 
 
 def _learn(model: nn.Module, targets: Mapping[str, nn.Module], example: Example) -> dict[str, _Seen]:
     """Call the model once with hooks on ``targets``."""
     seen: dict[str, list[_Seen]] = {name: [] for name in targets}
-    handles = []
-    for name, module in targets.items():
-        before: list[list[int]] = []
-
-        def enter(
-            _: nn.Module, args: Sequence[object], kwargs: dict[str, object], before: list[list[int]] = before
-        ) -> None:
-            before.append(_lengths(_cache(args, kwargs)))
-
-        def leave(
-            _: nn.Module,
-            args: Sequence[object],
-            kwargs: dict[str, object],
-            output: object,
-            name: str = name,
-            before: list[list[int]] = before,
-        ) -> None:
-            seen[name].append(_observe(name, args, kwargs, output, before.pop()))
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    handles = [handle for name, module in targets.items() for handle in _watch(name, module, seen[name])]
     try:
         _call(model, example)
     finally:
@@ -223,9 +225,24 @@ def _learn(model: nn.Module, targets: Mapping[str, nn.Module], example: Example)
     return {name: calls[0] for name, calls in seen.items()}
 
 
-def _observe(
-    name: str, args: Sequence[object], kwargs: Mapping[str, object], output: object, before: Sequence[int]
-) -> _Seen:
+def _watch(name: str, module: nn.Module, seen: list[_Seen]) -> tuple[RemovableHandle, RemovableHandle]:
+    """Let each call of ``module`` add to ``seen`` what it taught."""
+    before: list[_Lengths | None] = []
+
+    def enter(_: nn.Module, args: Sequence[object], kwargs: dict[str, object]) -> None:
+        before.append(_lengths(args, kwargs))
+
+    def leave(_: nn.Module, args: Sequence[object], kwargs: dict[str, object], output: object) -> None:
+        first = _is_first(before.pop(), _lengths(args, kwargs))
+        seen.append(_observe(name, args, kwargs, output, first))
+
+    return (
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave, with_kwargs=True),
+    )
+
+
+def _observe(name: str, args: Sequence[object], kwargs: Mapping[str, object], output: object, first: bool) -> _Seen:
     given: list[tuple[_Source, object]] = [(_Source(index), value) for index, value in enumerate(args)]
     given += [(_Source(key), value) for key, value in kwargs.items()]
     contribution = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
@@ -243,39 +260,48 @@ def _observe(
         return next((source for source, value in given if value is leaf and leaf is not None), None)
 
     dtype = contribution.dtype if contribution.dtype != hidden.dtype else None
-    return _Seen(alike[0], tree_map(place, output), dtype, _is_first(_cache(args, kwargs), before))
+    return _Seen(alike[0], tree_map(place, output), dtype, first)
 
 
-def _cache(args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-    """The KV cache among a module's arguments: what has layers and can tell the length of the sequence."""
+def _lengths(args: Sequence[object], kwargs: Mapping[str, object]) -> _Lengths | None:
+    """Of the KV caches among a module's arguments, which can tell the length of the sequence; None if one says no more.
+
+    An encoder-decoder's cache has no layers: it holds two caches that have.
+    """
+    lengths: _Lengths = []
     for value in (*args, *kwargs.values()):
-        if hasattr(value, "get_seq_length") and hasattr(value, "layers"):
-            return value
-    return None
+        if not hasattr(value, "get_seq_length"):
+            continue
+        parts = (value, *getattr(value, "__dict__", {}).values())
+        held = [getattr(each, "layers", None) for each in parts if hasattr(each, "get_seq_length")]
+        caches = [list(layers) for layers in held if isinstance(layers, Iterable)]
+        if not caches or not all(hasattr(layer, "get_seq_length") for layers in caches for layer in layers):
+            return None
+        lengths += [[(type(layer), int(layer.get_seq_length())) for layer in layers] for layers in caches]
+    return lengths
 
 
-def _lengths(cache: object) -> list[int]:
-    return [int(layer.get_seq_length()) for layer in getattr(cache, "layers", ())]
-
-
-def _is_first(cache: object, before: Sequence[int]) -> bool:
-    """Whether the layer of the cache that the module wrote is the first of its type there."""
-    after = _lengths(cache)
-    written = [index for index, length in enumerate(after) if index >= len(before) or length != before[index]]
-    layers = list(getattr(cache, "layers", ()))
-    return any(all(type(layer) is not type(layers[index]) for layer in layers[:index]) for index in written)
+def _is_first(before: _Lengths | None, after: _Lengths | None) -> bool:
+    """Whether what was written meanwhile is the first layer of its kind in its cache, or nobody can tell."""
+    if before is None or after is None or len(before) != len(after):
+        return True
+    return any(
+        [layer] != old[index : index + 1] and all(kind is not layer[0] for kind, _ in new[:index])
+        for old, new in zip(before, after, strict=True)
+        for index, layer in enumerate(new)
+    )
 
 
 def _dropped_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:
     """What the model computes with ``plan``'s branches dropped from its graphs."""
     options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch hands on what its annotation forbids
-    compiled = torch.compile(model, backend="ffnfuse", options=options)
-    impl, model._compiled_call_impl = model._compiled_call_impl, None
-    try:
-        with torch.no_grad():
-            return _outputs(compiled(*example[0], **example[1]))
-    finally:
-        model._compiled_call_impl = impl
+    with _trial(model):
+        try:
+            return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, FxfuseError):
+                raise error.inner_exception from error
+            raise
 
 
 def _outputs(output: object) -> list[Tensor]:

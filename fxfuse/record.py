@@ -7,18 +7,28 @@ Puzzle (arXiv 2411.19146). The model is traced as torch.compile traces it, and e
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxfuse.batches import call, check_batch, eval_mode, logits_of, on_device_of
+from fxfuse.batches import (
+    blaming,
+    check_batch,
+    eval_mode,
+    fresh,
+    logits_of,
+    on_device_of,
+    original,
+    thoroughly,
+)
+from fxfuse.bounds import check_count
 from fxfuse.capture import compiled_apart, uncompiled
-from fxfuse.errors import OptionError, RecordError
-from fxfuse.instrument import Changed, Instrumented
+from fxfuse.divergence import Divergence, cosine_distance, rows
+from fxfuse.errors import NotFiniteError, OptionError, RecordError
+from fxfuse.instrument import Instrumented
 from fxfuse.names import elsewhere, guard_modules, names_in, specialise
 from fxfuse.passes.apply_plan import edit
 from fxfuse.passes.base import copy_graph
@@ -28,20 +38,15 @@ from fxfuse.recording import BranchRecord, GroupRecord, Recording, model_digest
 from fxfuse.resume import State, digest_batch
 from fxfuse.tally import Tally
 
-log = logging.getLogger(__name__)
-
-_CHUNK = 256
-"""Tokens whose distributions are compared at a time: a vocabulary is large."""
-
 
 def record(
     model: nn.Module,
     batches: Iterable[Mapping[str, object]],
-    plan: Plan | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     *,
     max_tokens: int | None = None,
     max_group: int = 4,
-    resume: str | Path | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Recording:
     """Measure what depends on what in ``model``.
@@ -51,38 +56,48 @@ def record(
     as it was.
 
     Args:
-        model: any module that torch.compile traces to one graph.
+        model: any module that torch.compile traces to one graph; of a compiled one, the module itself is recorded.
         batches: keyword arguments of the model's calls, such as ``{"input_ids": ...}``; a DataLoader serves. Positions
             where ``attention_mask`` is 0 do not count.
-        plan: what the recorded model follows; measure with the attentions dropped that you are going to drop.
+        plan: what the recorded model follows, or the path of it; measure with the attentions dropped that you are going
+            to drop.
         max_tokens: stop after the batch that reaches this number.
         max_group: the longest run of consecutive FFNs that is measured as a group; below 2, none is.
         resume: a file that keeps the state after each batch; where it exists, the batches that it has seen are passed
-            over. An interrupted recording ends with the same numbers as one that was not. Remove it when done.
+            over, if they are the same. An interrupted recording ends with the same numbers as one that was not. Remove
+            it when done.
         progress: show a bar on stderr.
 
     Raises:
         CaptureError: the model cannot be traced to one graph, or a part of it cannot be run twice.
         RecordError: no batch; a batch that the model rejects; NaN in a branch; a state of something else.
-        PlanError: the plan does not fit.
+        PlanError: the plan cannot be read, or does not fit.
+        OptionError: an option out of range.
+        FxfuseError: ``resume`` cannot be written.
     """
-    recorder = Recorder(model, plan, max_group)
+    check_count("max_tokens", max_tokens)
+    recorder = Recorder(model, Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan, max_group)
     state = State(resume, recorder.digest, recorder.settings) if resume is not None else None
     if state is not None:
-        state.load_into(recorder)
-    with eval_mode(model), bar("recording", "tokens", max_tokens, progress) as advance:
+        state.load_into(recorder, max_tokens)
+    seen = 0
+    with eval_mode(recorder.model), bar("recording", "tokens", max_tokens, progress) as advance:
         for number, batch in enumerate(batches):
-            if max_tokens is not None and recorder.tokens >= max_tokens:
+            passed_over = state is not None and number < recorder.batches
+            if not passed_over and max_tokens is not None and recorder.tokens >= max_tokens:
                 break
             check_batch(number, batch, tokens=False)
-            if state is not None and number < recorder.batches:
+            seen += 1
+            if state is not None and passed_over:
                 state.check(number, batch)
                 continue
             before = recorder.tokens
-            recorder(number, batch)
+            recorder(number, fresh(batch))
             if state is not None:
                 state.save(recorder, digest_batch(batch))
             advance(recorder.tokens - before)
+    if state is not None:
+        state.check_all(seen)
     return recorder.result()
 
 
@@ -97,15 +112,17 @@ class Recorder:
     def __init__(self, model: nn.Module, plan: Plan | None, max_group: int) -> None:
         if max_group < 0:
             raise OptionError(f"max_group must not be negative, not {max_group}")
-        self.model, self.plan, self.max_group = model, plan or Plan(), max_group
-        self.digest = model_digest(model)
+        if not isinstance(plan, Plan | None):
+            raise OptionError(f"plan is a fxfuse.Plan or the path of one, not {plan!r}")
+        self.model, self.plan, self.max_group = original(model), plan or Plan(), max_group
+        self.digest = model_digest(self.model)
         self.settings = {"plan": self.plan.model_dump_json(), "max_group": str(max_group)}
         self.tokens = self.batches = 0
         self.places: tuple[BranchRecord, ...] = ()
         self.windows: list[tuple[str, ...]] = []
         self.tallies: dict[str, Tally] = {}
         self._called: list[Instrumented] = []
-        self._compiled = compiled_apart(model, self._instrument, dynamic=None)
+        self._compiled = self._traced()
 
     def _instrument(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         own = fx.GraphModule(gm, copy_graph(gm.graph))
@@ -113,7 +130,7 @@ class Recorder:
         names = names_in(self.model, own, inputs)
         guard_modules(own, names)
         specialise(own)
-        edit(own, self.plan, names=names, elsewhere=elsewhere(self.model, names))
+        edit(own, self.plan, names=names, strict=True, elsewhere=elsewhere(self.model, names))
         made = Instrumented(own, names, self.max_group)
         if not made.places:
             return gm.forward
@@ -125,18 +142,40 @@ class Recorder:
         return run
 
     def __call__(self, number: int, batch: Mapping[str, object]) -> object:
-        """Call the model with ``batch`` and measure; what the model returned."""
-        self._called.clear()
-        with torch.no_grad(), uncompiled(self.model):
-            output = call(self._compiled, number, on_device_of(self.model, batch))
-            if len(self._called) != 1:
-                raise RecordError(_no_single_graph(len(self._called)))
-            (graph,) = self._called
-            self._meet(graph)
-            self._measure(graph, number, batch, output)
-            graph.forget()
-        self.batches += 1
+        """Call the model with ``batch``, the ``number``-th, and measure; what the model returned."""
+        with blaming(number, batch):
+            output = self.run(batch)
+        self.measure(number, batch, output)
         return output
+
+    def run(self, batch: Mapping[str, object]) -> object:
+        """Call the model with ``batch``: what it returns, or raises."""
+        self._called.clear()
+        try:
+            with torch.no_grad(), uncompiled(self.model), thoroughly():
+                return self._compiled(**on_device_of(self.model, batch))
+        except Exception:
+            self._compiled = self._traced()  # Dynamo never again looks at a frame that raised while it was traced
+            raise
+
+    def _traced(self) -> Callable[..., object]:
+        return compiled_apart(self.model, self._instrument, dynamic=None)
+
+    def measure(self, number: int, batch: Mapping[str, object], output: object) -> None:
+        """Measure the branches in the call just made.
+
+        Raises:
+            NotFiniteError: NaN; what was measured until then is of no use any more.
+            RecordError: this call cannot be measured; it is as if it had not been.
+        """
+        if len(self._called) != 1:
+            raise RecordError(_no_single_graph(len(self._called)))
+        (graph,) = self._called
+        self._meet(graph)
+        with torch.no_grad():
+            self._measure(graph, number, batch, output)
+        graph.forget()
+        self.batches += 1
 
     def _meet(self, graph: Instrumented) -> None:
         places = tuple(place.record() for place in graph.places)
@@ -152,9 +191,16 @@ class Recorder:
     def _measure(self, graph: Instrumented, number: int, batch: Mapping[str, object], output: object) -> None:
         mask = batch.get("attention_mask")
         counted = mask if isinstance(mask, Tensor) else None
-        kl = _Divergence(graph, logits_of(output), counted)
+        kl = Divergence(graph, logits_of(output), counted)
         m = len(graph.places)
-        base = [self._checked(graph.contribution(i), self.places[i].name, number, counted) for i in range(m)]
+        base = []
+        for i, place in enumerate(self.places):
+            if not place.adds:
+                what = f"the stream before {place.name}, its first branch (the embedding, or what the model is given)"
+                self._checked(graph.before(i), what, number, counted)
+            base.append(self._checked(graph.contribution(i), place.name, number, counted))
+        if kl.known is not None:
+            self._finite(kl.known, "the logits with nothing dropped (the last norm, or the head)", number)
         for i in range(m):
             before, own = _tokens(graph.before(i), counted), base[i]
             self.tallies["cosine"].add(i, 1 - F.cosine_similarity(before, before + own, dim=-1))
@@ -178,14 +224,14 @@ class Recorder:
         self.tokens += base[-1].shape[0]
 
     def _checked(self, contribution: Tensor, what: str, number: int, counted: Tensor | None) -> Tensor:
-        rows = _tokens(contribution, counted)
-        self._finite(rows, what, number)
-        return rows
+        found = _tokens(contribution, counted)
+        self._finite(found, what, number)
+        return found
 
     @staticmethod
-    def _finite(rows: Tensor, what: str, number: int) -> None:
-        if not bool(torch.isfinite(rows).all()):
-            raise RecordError(
+    def _finite(values: Tensor, what: str, number: int) -> None:
+        if not bool(torch.isfinite(values).all()):
+            raise NotFiniteError(
                 f"{what}: NaN or infinity in batch {number}. Are the weights whole? Does the model overflow in this "
                 "dtype? Try float32"
             )
@@ -226,51 +272,9 @@ class Recorder:
         )
 
 
-def cosine_distance(one: Tensor, other: Tensor) -> Tensor:
-    """``1 - cos`` of vectors ``[..., d]``: ``[...]``, 0..2. As half a squared distance, which small angles survive."""
-    return (F.normalize(one, dim=-1) - F.normalize(other, dim=-1)).square().sum(-1) / 2
-
-
-class _Divergence:
-    """How far changed outputs of a graph are from those of the call that was measured."""
-
-    def __init__(self, graph: Instrumented, logits: Tensor | None, counted: Tensor | None) -> None:
-        self._position = next((p for p, made in enumerate(graph.output) if made is logits), None)
-        self._counted = counted
-        if logits is not None and self._position is not None:
-            self._known = F.log_softmax(_rows(logits, counted).float(), -1)
-
-    def of(self, changed: Changed) -> Tensor:
-        """Nats, float32 ``[tokens]``; nothing at all if the model has no logits."""
-        if self._position is None:
-            return torch.empty(0)
-        if self._position not in changed.outputs:
-            return torch.zeros(len(self._known))  # the change does not reach them
-        others = torch.split(_rows(changed.outputs[self._position], self._counted), _CHUNK)
-        return torch.cat([_kl(p, other) for p, other in zip(torch.split(self._known, _CHUNK), others, strict=True)])
-
-
-def divergence(logits: Tensor, others: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(others)) of ``[tokens, vocabulary]``, in nats: float32 ``[tokens]``."""
-    pairs = zip(torch.split(logits, _CHUNK), torch.split(others, _CHUNK), strict=True)
-    return torch.cat([_kl(F.log_softmax(one.float(), -1), other) for one, other in pairs])
-
-
-def _kl(p: Tensor, other: Tensor) -> Tensor:
-    q = F.log_softmax(other.float(), -1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
-
-
 def _tokens(values: Tensor, counted: Tensor | None) -> Tensor:
     """``[..., d]`` as float32 ``[tokens, d]``, of the positions that count."""
-    return _rows(values, counted).float()
-
-
-def _rows(values: Tensor, counted: Tensor | None) -> Tensor:
-    flat = values.flatten(0, -2)
-    if counted is None or counted.numel() != flat.shape[0]:
-        return flat
-    return flat[counted.flatten().bool()]
+    return rows(values, counted).float()
 
 
 def _no_single_graph(count: int) -> str:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fxfuse.batches import original
 from fxfuse.errors import PlanError, RecordError, nearest
 from fxfuse.files import write_atomically
 from fxfuse.graph.branch import Kind
@@ -228,10 +229,11 @@ def model_digest(model: nn.Module) -> dict[str, str]:
     """Two digests: ``shapes``, of all names, shapes and dtypes of parameters and buffers, and ``weights``, of values.
 
     Of each tensor the bitwise sum and a thousand values spread over it enter: weights are read once, at the speed of
-    memory, and any change but a deliberate forgery shows.
+    memory, and any change but a deliberate forgery shows. Of a compiled model, those of the module itself.
     """
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+    own = original(model)
+    for name, tensor in sorted([*own.named_parameters(), *own.named_buffers()]):
         shapes.update(f"{name} {tuple(tensor.shape)}\n".encode())
         weights.update(f"{name} {tensor.dtype}\n".encode())
         if tensor.device.type != "meta" and tensor.numel():
@@ -239,8 +241,15 @@ def model_digest(model: nn.Module) -> dict[str, str]:
     return {"shapes": shapes.hexdigest(), "weights": weights.hexdigest()}
 
 
+_HASHED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8,
+                     torch.int16, torch.int32, torch.int64})  # fmt: skip
+"""What torch.hash_tensor takes; the bits of all else pass for integers."""
+
+
 def _fingerprint(tensor: Tensor) -> bytes:
-    flat = tensor.contiguous().flatten()
+    flat = tensor.resolve_conj().contiguous().flatten()
+    if flat.dtype not in _HASHED:
+        flat = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.dtype.itemsize, torch.int64))
     sample = flat[:: max(1, flat.numel() // 1000)].contiguous()
     total = torch.hash_tensor(flat)
     return total.cpu().numpy().tobytes() + sample.cpu().view(torch.uint8).numpy().tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fxfuse.errors import RecordError
-from fxfuse.files import write_atomically
+from fxfuse.files import check_writable, write_atomically
 from fxfuse.recording import BranchRecord
 from fxfuse.tally import Tally
 
@@ -31,37 +32,45 @@ class State:
 
     Raises:
         RecordError: the file is damaged, or the state of another recording.
+        FxfuseError: it could not be written.
     """
 
-    def __init__(self, path: str | Path, model: Mapping[str, str], settings: Mapping[str, str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], model: Mapping[str, str], settings: Mapping[str, str]) -> None:
+        check_writable(path)
         self.path = Path(path)
         self._of = {"model": dict(model), "settings": dict(settings)}
         self._batches: list[str] = []
+        self._counts: list[int] = []  # tokens in each
 
-    def load_into(self, recorder: Recorder) -> None:
-        """Let ``recorder`` go on where the file says, if there is one."""
+    def load_into(self, recorder: Recorder, max_tokens: int | None) -> None:
+        """Let ``recorder`` go on where the file says, if there is one, and if it says no more than is asked for."""
         if not self.path.exists():
             return
-        again = "remove it to record from the start"
+        again = "remove it to record from the start, or give another file"
         try:
             with safe_open(self.path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            header = json.loads(metadata.get(FORMAT, "{}"))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if FORMAT not in metadata:
+                raise RecordError(f"{str(self.path)!r} is no state of a recording: give another file")
+            header = json.loads(metadata[FORMAT])
+            for what, own in self._of.items():
+                if header[what] != own:
+                    raise RecordError(f"{str(self.path)!r} is the state of a recording with another {what}: {again}")
+            self._batches, self._counts = header["batches"], header["counts"]
+            recorder.tokens, recorder.batches = sum(self._counts), len(self._batches)
+            recorder.places = tuple(BranchRecord(**branch) for branch in header["branches"])
+            recorder.windows = [tuple(names) for names in header["windows"]]
+            for name in sorted({key.partition(".")[0] for key in tensors}):
+                tally = recorder.tallies[name] = Tally(0)
+                tally.restore({key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{name}.")})
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecordError(f"the state {str(self.path)!r} cannot be read ({error}): {again}") from error
-        if not header:
-            raise RecordError(f"{str(self.path)!r} is no state of a recording: give another file")
-        for what, own in self._of.items():
-            if header[what] != own:
-                raise RecordError(f"{str(self.path)!r} is the state of a recording with another {what}: {again}")
-        self._batches = header["batches"]
-        recorder.tokens, recorder.batches = header["tokens"], len(self._batches)
-        recorder.places = tuple(BranchRecord(**branch) for branch in header["branches"])
-        recorder.windows = [tuple(names) for names in header["windows"]]
-        for name in sorted({key.partition(".")[0] for key in tensors}):
-            tally = recorder.tallies[name] = Tally(0)
-            tally.restore({key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{name}.")})
+        if max_tokens is not None and sum(self._counts[:-1]) >= max_tokens:
+            raise RecordError(
+                f"{str(self.path)!r} is the state of another run: it has recorded {recorder.tokens} tokens, more than "
+                f"max_tokens={max_tokens}: {again}"
+            )
 
     def check(self, number: int, batch: Mapping[str, object]) -> None:
         """See that a batch that is passed over is the one that was recorded."""
@@ -71,13 +80,22 @@ class State:
                 "same order, or remove the file"
             )
 
+    def check_all(self, number: int) -> None:
+        """See that the ``number`` batches that there were are not fewer than were recorded."""
+        if number < len(self._batches):
+            raise RecordError(
+                f"{str(self.path)!r} is the state of another run: it has recorded {len(self._batches)} batches, of "
+                f"which only {number} were given: give the same batches, or remove the file"
+            )
+
     def save(self, recorder: Recorder, digest: str) -> None:
         """Write the state after one more batch."""
         self._batches.append(digest)
+        self._counts.append(recorder.tokens - sum(self._counts))
         header = {
             **self._of,
             "batches": self._batches,
-            "tokens": recorder.tokens,
+            "counts": self._counts,
             "branches": [asdict(branch) for branch in recorder.places],
             "windows": recorder.windows,
         }

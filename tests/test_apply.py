@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from fxfuse import Plan, PlanError
 from fxfuse.errors import OptionError, PruneError
 from fxfuse.prune import Dropped
 from tests.models.checks import assert_exact
-from tests.test_prune import attentions, greedy, in_steps
+from tests.test_prune import attentions, greedy, in_steps, logits
 from tests.tiny import Counter, Tower, gemma3, llama, planned, tokens, vectors
 
 
@@ -104,6 +106,7 @@ class TestTheModel:
         [
             (Plan(drop=["layers.9.mlp"]), {}, PruneError),
             (Plan(drop=["layers.1.mlp"]), {"example": None}, PruneError),
+            (Plan(drop=["layers.1"]), {}, PlanError),
             (Plan(drop=["layers.1.mlp"]), {"weights": "both"}, OptionError),
             (Plan(drop=["layers.1.mlp"]), {"wieghts": "copy"}, OptionError),
             ("nowhere.json", {}, PlanError),
@@ -120,6 +123,55 @@ class TestTheModel:
         assert dict(model.named_modules()) == modules
         assert model._compiled_call_impl is None
         assert torch.equal(model(x), expected)
+
+
+class TestCopies:
+    def test_a_copy_follows_the_plan_with_weights_of_its_own(self) -> None:
+        model, x = llama(3), tokens()
+        reference = planned(model, **FIRST)
+        fxfuse.apply(model, Plan(**FIRST), inner="eager", strict=True)
+        made = copy.deepcopy(copy.deepcopy(model))
+        assert_exact([logits(made, x)], [logits(reference, x)])
+
+        for each in (made.model.layers[1].mlp, reference.model.layers[1].layer.mlp):
+            torch.nn.init.ones_(each.up_proj.weight)
+        assert_exact([logits(made, x)], [logits(reference, x)])
+        assert not torch.equal(logits(model, x), logits(made, x))
+
+    def test_so_does_a_copy_of_what_holds_the_model(self) -> None:
+        model, x = Tower(3), vectors()
+        expected = model.parallel(x)
+        fxfuse.apply(model, Plan(parallel=[model.mlps]), inner="eager")
+
+        assert_exact([copy.deepcopy(nn.Sequential(model))(x)], [expected])
+
+    def test_a_copy_can_follow_another_plan_and_the_model_keeps_its_own(self) -> None:
+        model, x = Tower(3), vectors()
+        apart, parallel = copy.deepcopy(model)(x), model.parallel(x)
+        fxfuse.apply(model, Plan(parallel=[model.mlps]), inner="eager")
+        made = fxfuse.apply(copy.deepcopy(model), Plan(), inner="eager")
+
+        assert_exact([made(x), copy.deepcopy(made)(x), model(x)], [apart, apart, parallel])
+
+    def test_once_the_model_is_compiled_otherwise_its_copies_follow_no_plan_either(self) -> None:
+        model, x = Tower(3), vectors()
+        expected = model(x)
+        fxfuse.apply(model, Plan(parallel=[model.mlps]), inner="eager")
+        model.compile(backend="eager")
+
+        assert_exact([model(x), copy.deepcopy(model)(x)], [expected, expected])
+
+    def test_a_pickled_one_keeps_the_drops_and_follows_the_plan_when_applied_again(self) -> None:
+        model, x, file = llama(3), tokens(), io.BytesIO()
+        dropped, reference = planned(model, drop=FIRST["drop"]), planned(model, **FIRST)
+        fxfuse.apply(model, Plan(**FIRST), inner="eager", strict=True)
+        torch.save(model, file)
+        file.seek(0)
+        loaded: Any = torch.load(file, weights_only=False)
+
+        assert_exact([logits(loaded, x), logits(copy.deepcopy(loaded), x)], [logits(dropped, x)] * 2)
+        fxfuse.apply(loaded, Plan(**FIRST), inner="eager", strict=True)
+        assert_exact([logits(loaded, x), logits(copy.deepcopy(loaded), x)], [logits(reference, x)] * 2)
 
 
 class TestGenerate:

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse.calibrate import _arguments_of, _Seat
 from fxfuse.errors import OptionError, RecordError
-from tests.tiny import llama, planned, tokens
+from tests.tiny import Tower, llama, planned, tokens, vectors
 
-Compile = Callable[[nn.Module], Any]
-
-
-def as_wrapper(model: nn.Module) -> Any:
-    return torch.compile(model, backend="ffnfuse", options={"inner": "eager"})
+Compile = Callable[..., Any]
 
 
-def in_place(model: nn.Module) -> Any:
-    model.compile(backend="ffnfuse", options={"inner": "eager"})
+def as_wrapper(model: nn.Module, **given: Any) -> Any:
+    return torch.compile(model, backend="ffnfuse", options={"inner": "eager"}, **given)
+
+
+def in_place(model: nn.Module, **given: Any) -> Any:
+    model.compile(backend="ffnfuse", options={"inner": "eager"}, **given)
     return model
 
 
@@ -130,3 +131,87 @@ def test_only_a_model_compiled_with_the_backend_and_without_a_plan_is_taken() ->
         fxfuse.calibrate(torch.compile(llama(2), backend="ffnfuse", options=with_plan)),
     ):
         pass
+
+
+class Moody(Tower):
+    """Breaks its graph, computes NaN, or raises, as it is asked to."""
+
+    def forward(self, x: Tensor, mood: str = "") -> Tensor:
+        if mood == "raise":
+            raise ValueError("not today")
+        for index, layer in enumerate(self.layers):
+            if mood == "break" and index == 1:
+                torch._dynamo.graph_break()
+            x = layer(x)
+        return x * torch.nan if mood == "nan" else x
+
+
+@either_way
+def test_a_model_that_is_being_calibrated_is_refused_and_can_be_again_afterwards(compiled_as: Compile) -> None:
+    compiled = compiled_as(Tower(2))
+
+    with pytest.raises(OptionError, match="being calibrated already"), fxfuse.calibrate(compiled):  # noqa: SIM117
+        with fxfuse.calibrate(compiled):
+            pass
+
+    with pytest.raises(RecordError, match="nothing was recorded"), fxfuse.calibrate(compiled):
+        pass
+
+
+@either_way
+@pytest.mark.parametrize(
+    "given", [{"fullgraph": True}, {"dynamic": False, "recompile_limit": 5, "isolate_recompiles": True}]
+)
+def test_the_model_is_compiled_as_it_was_but_for_the_plan(compiled_as: Compile, given: dict[str, Any]) -> None:
+    compiled, plan = compiled_as(Tower(2), **given), fxfuse.Plan(drop=["layers.0.mlp"])
+    before = _arguments_of(compiled)
+    assert before.items() >= given.items()
+
+    _Seat(compiled).follow(plan)
+
+    assert _arguments_of(compiled) == {**before, "options": {"inner": "eager", "plan": plan}}
+
+
+def test_a_model_of_one_graph_stays_one() -> None:
+    compiled = as_wrapper(Moody(2), fullgraph=True)
+    _Seat(compiled).follow(fxfuse.Plan(drop=["layers.0.mlp"]))
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(vectors(), mood="break")
+
+
+@either_way
+def test_what_the_model_raises_comes_out_as_it_is_and_does_no_harm(compiled_as: Compile) -> None:
+    compiled, x = compiled_as(Moody(2)), vectors()
+
+    def use() -> None:
+        with pytest.raises(ValueError, match="not today"):
+            compiled(x, mood="raise")
+        compiled(x)
+        compiled(x)
+
+    with pytest.raises(RecordError, match="none of the calls"), fxfuse.calibrate(compiled) as calibration:
+        use()
+
+    assert calibration.recording is not None
+    assert calibration.recording.tokens == 2 * x[..., 0].numel()
+    assert calibration.unrecorded == 0
+
+
+@either_way
+def test_a_call_that_cannot_be_recorded_returns_what_it_does_and_is_told_of_at_the_end(compiled_as: Compile) -> None:
+    compiled, x = compiled_as(Moody(2)), vectors()
+    expected = Moody(2)(x)
+
+    with pytest.raises(RecordError, match="2 graphs.*graph breaks"), fxfuse.calibrate(compiled) as calibration:
+        torch.testing.assert_close(compiled(x, mood="break"), expected)
+    assert calibration.unrecorded == 1
+
+    def use() -> None:
+        compiled(x)
+        assert compiled(x, mood="nan").isnan().all()
+        torch.testing.assert_close(compiled(x), expected)
+
+    with pytest.raises(RecordError, match="logits with nothing dropped"), fxfuse.calibrate(compiled) as calibration:
+        use()
+    assert calibration.unrecorded == 1

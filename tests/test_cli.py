@@ -46,6 +46,10 @@ def tiny() -> tuple[nn.Module, tuple[()], dict[str, Tensor]]:
     return Tiny(), (), {"input_ids": torch.arange(6).reshape(1, 6)}
 
 
+def boom() -> nn.Module:
+    raise RuntimeError("no\nmodel today")
+
+
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``fxfuse *args``."""
     with pytest.raises(SystemExit) as exit:
@@ -129,6 +133,13 @@ class TestErrors:
 
         assert code == 1
         assert str(broken) in err
+        assert len(err.splitlines()) == 1
+
+    def test_what_a_function_raises_is_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        code, _, err = run(capsys, "explain", f"{__name__}:boom")
+
+        assert code == 1
+        assert err.startswith(f"fxfuse: cannot load {__name__}:boom: RuntimeError: no model today")
         assert len(err.splitlines()) == 1
 
     def test_a_text_for_a_model_without_tokenizer(self, capsys: pytest.CaptureFixture[str], llama_folder: Path) -> None:

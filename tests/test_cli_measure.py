@@ -92,10 +92,61 @@ def test_record_goes_on_where_it_was_interrupted(
 
 
 @pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--tokens", "8"), "more than max_tokens=8"),
+        (("--text", "{text}"), "is not the one"),
+        (("--length", "6"), "is not the one"),
+        (("--batch", "2"), "is not the one"),
+    ],
+)
+def test_record_does_not_take_the_state_of_another_run_for_its_own(
+    more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], llama_with_words: str, tmp_path: Path
+) -> None:
+    import fxfuse
+    from fxfuse.texts import batches_of, python_documentation
+
+    loaded, output, text = load(llama_with_words), tmp_path / "r.safetensors", tmp_path / "text"
+    text.write_text("the a of to is in and that " * 9)
+    partial = output.with_name("r.safetensors.partial")
+    fxfuse.record(loaded.model, batches_of(loaded, python_documentation("record"), 8, 24), resume=partial)
+    content = partial.read_bytes()
+
+    given = (str(text) if argument == "{text}" else argument for argument in more)
+    code, _, err = run(capsys, "record", llama_with_words, "-o", str(output), *SMALL, *given)
+
+    assert (code, output.exists(), partial.read_bytes() == content) == (1, False, True)
+    assert err.splitlines()[-1].startswith("fxfuse: ")
+    assert message in err.splitlines()[-1]
+
+
+def test_what_the_system_refuses_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+
+    code, _, err = run(capsys, "plan", str(recorded), "-o", str(tmp_path / "plan.json"))
+
+    assert (code, err) == (1, "fxfuse: [Errno 28] No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("record", "{model}", "-o", "nowhere/r.safetensors"), "no folder"),
+        (("record", "{model}", "-o", "."), "is a folder"),
+        (("record", "{model}", "-o", "/proc/x.st"), "cannot write x.st"),
+        (("record", "{model}", "--text", "{text}", "-o", "{text}"), "is read by this very command"),
         (("record", "tests.test_cli:tiny"), "without a tokenizer"),
+        (("eval", "tests.test_cli:tiny"), "without a tokenizer"),
+        (("plan", "{recording}", "--model", "tests.test_cli:tiny"), "without a tokenizer"),
+        (("plan", "{recording}", "-o", "."), "is a folder"),
+        (("plan", "{recording}", "-o", "{recording}"), "is read by this very command"),
+        (("demo", "{model}", "-o", "{text}"), "cannot be made a folder"),
         (("record", "{model}", "--text", "nowhere.txt"), "cannot read the text"),
         (("plan", "nowhere.safetensors"), "there is no recording"),
         (("plan", "{recording}", "--max-kl", "0.1"), "max_kl is measured"),
@@ -115,7 +166,9 @@ def test_what_is_wrong_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = {"{model}": llama_with_words, "{recording}": str(recorded), "{other}": another_llama}
+    text = tmp_path / "text"
+    text.write_text("the a of to")
+    words = {"{text}": str(text), "{model}": llama_with_words, "{recording}": str(recorded), "{other}": another_llama}
 
     code, out, err = run(capsys, *(words.get(argument, argument) for argument in arguments))
 

@@ -375,3 +375,17 @@ class TestPrinting:
             "tokens": 1, "sequences": 1, "perplexity": None, "perplexity_interval": [None, None], "kl": None,
             "kl_interval": None, "agreement": None, "agreement_interval": None, "confidence": 0.95,
         }  # fmt: skip
+
+
+def test_a_cache_in_a_batch_serves_both_models_alike_and_is_as_it_was() -> None:
+    from transformers import DynamicCache
+
+    model = llama(2)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=tokens(1, 4), past_key_values=cache)
+
+    found = evaluate(model, [{"input_ids": tokens(1, 9), "past_key_values": cache}], model)
+
+    assert found.kl == 0.0
+    assert cache.get_seq_length() == 4

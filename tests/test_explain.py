@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import Plan, PlanError
-from fxfuse.errors import CaptureError
+from fxfuse.errors import CaptureError, OptionError
 from tests.models.checks import assert_exact
 from tests.tiny import Counter, Tower, llama, tokens, vectors
 
@@ -100,6 +101,33 @@ class TestWithAPlan:
     def test_a_dropped_name_that_is_not_there_warns_with_the_nearest(self) -> None:
         with pytest.warns(UserWarning, match=r"'layers.1.mpl' is no branch .*nearest: layers.1.mlp"):
             fxfuse.explain(Tower(3), vectors(), plan=Plan(drop=["layers.1.mpl"]))
+
+    @pytest.mark.parametrize(
+        ("model", "name", "words"),
+        [
+            (Tower(3).layers[1], "layers.1.mlp", "'layers.1.mlp' is no branch of this graph; nearest: mlp$"),
+            (Tower(3), "mlp", "'mlp' is no branch .*; nearest: layers.0.mlp, layers.1.mlp, layers.2.mlp$"),
+            (Tower(4), "attn", "'attn' .*; there are: layers.0.mlp, layers.1.mlp, layers.2.mlp, ...$"),
+            (Tower(2), "attn", "'attn' .*; there are: layers.0.mlp, layers.1.mlp$"),
+        ],
+        ids=["a layer by itself", "a part of a name", "nothing alike", "nothing alike, and few"],
+    )
+    def test_a_name_from_elsewhere_warns_with_what_it_is_here(self, model: nn.Module, name: str, words: str) -> None:
+        with pytest.warns(UserWarning, match=words):
+            fxfuse.explain(model, vectors(), plan=Plan(drop=[name]))
+
+    def test_it_takes_the_path_of_a_plan(self, tmp_path: Path) -> None:
+        model, x = Tower(3), vectors()
+        plan = Plan(parallel=[model.mlps])
+        plan.save(tmp_path / "plan.json")
+
+        expected = fxfuse.explain(model, x, plan=plan).branches
+        assert fxfuse.explain(model, x, plan=tmp_path / "plan.json").branches == expected
+        assert fxfuse.explain(model, x, plan=str(tmp_path / "plan.json")).branches == expected
+
+    def test_what_is_no_plan_is_an_error(self) -> None:
+        with pytest.raises(OptionError, match="'plan' is a fxfuse.Plan or the path of one, not dict"):
+            fxfuse.explain(Tower(2), vectors(), plan={"drop": ["layers.1.mlp"]})  # type: ignore[arg-type]  # on purpose
 
     def test_a_pruned_model_is_explained_under_its_plan(self) -> None:
         model, x = Tower(3), vectors()
@@ -195,6 +223,11 @@ class TestManyTimes:
 
 
 class TestCaptureErrors:
+    @pytest.mark.parametrize("model", [3, "smollm2", torch.relu])
+    def test_what_is_no_module_is_refused_by_its_type(self, model: Any) -> None:
+        with pytest.raises(CaptureError, match=f"takes an nn.Module .*, not {type(model).__name__}"):
+            fxfuse.explain(model, vectors())
+
     def test_a_call_that_fails_says_why(self) -> None:
         with pytest.raises(CaptureError, match="could not be called and traced") as caught:
             fxfuse.explain(Tower(2), torch.ones(2, 3, 7, dtype=torch.float64))

@@ -34,6 +34,14 @@ def with_token_ids() -> tuple[nn.Module, tuple[()], dict[str, torch.Tensor]]:
     return Model(9, 2), (), {"input_ids": torch.tensor([[3, 1, 4]])}
 
 
+def raises() -> nn.Module:
+    raise ZeroDivisionError("no\nmodel")
+
+
+def needs_an_argument(width: int) -> nn.Module:
+    return nn.Linear(width, 2)
+
+
 not_a_function = 3
 
 
@@ -108,11 +116,27 @@ class TestFunction:
             (f"{__name__}:no_such_function", "has no function 'no_such_function'"),
             (f"{__name__}:not_a_function", "has no function 'not_a_function'"),
             (f"{__name__}:not_a_module", "returned int: return an nn.Module"),
+            (f"{__name__}:raises", f"cannot load {__name__}:raises: ZeroDivisionError: no model"),
+            (f"{__name__}:needs_an_argument", r":needs_an_argument: TypeError: .*'width'.* takes no arguments"),
+            (":plain", "cannot load :plain: ValueError: Empty module name"),
         ],
     )
     def test_what_is_wrong_is_said(self, name: str, message: str) -> None:
         with pytest.raises(LoadError, match=message):
             load(name)
+
+    @pytest.mark.parametrize(
+        ("text", "words"), [("1 / 0", "ZeroDivisionError: division by zero"), ("def", "SyntaxError: invalid syntax")]
+    )
+    def test_so_is_what_a_module_raises_when_it_is_imported(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+    ) -> None:
+        (tmp_path / "broken_module.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "broken_module", raising=False)
+
+        with pytest.raises(LoadError, match=f"cannot load broken_module:f: {words}"):
+            load("broken_module:f")
 
 
 class TestSpec:

@@ -107,6 +107,25 @@ class TestPlanFile:
 
         assert read == str(path)
 
+    def test_one_of_the_same_length_and_time_has_changed(self, tmp_path: Path) -> None:
+        path = tmp_path / "plan.json"
+        PLAN.save(path)
+        read, time = PlanFile(path), path.stat().st_mtime_ns
+        OTHER.save(path)
+        os.utime(path, ns=(time, time))  # as rsync -t, tar and container layers leave it
+
+        assert read != str(path)
+
+    def test_so_has_one_that_was_rewritten_where_it_lies(self, tmp_path: Path) -> None:
+        path = tmp_path / "plan.json"
+        PLAN.save(path)
+        read, found = PlanFile(path), path.stat()
+        path.write_bytes(path.read_bytes().replace(b"l.0.attn", b"l.1.attn"))
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+        assert path.stat().st_ino == found.st_ino
+        assert read != str(path)
+
     def test_a_file_that_has_gone_has_changed(self, tmp_path: Path) -> None:
         path = tmp_path / "plan.json"
         PLAN.save(path)

@@ -109,6 +109,11 @@ class TestFile:
         assert data["parallel"] == [["l.0.mlp", "l.1.mlp", "l.2.mlp"], [["l.4.attn", "l.4.mlp"], "l.5.mlp"]]
         assert Plan.from_json('{"drop": ["a"]}') == Plan(drop=["a"])
 
+    def test_a_byte_order_mark_is_no_part_of_it(self, tmp_path: Path) -> None:
+        (tmp_path / "plan.json").write_text('{"drop": ["l.0.attn"]}', encoding="utf-8-sig")  # as Notepad saves it
+
+        assert Plan.load(tmp_path / "plan.json") == PLANS[1]
+
     def test_a_relative_path_is_saved_where_it_points(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         PLANS[1].save("plan.json")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MBartConfig, MBartForConditionalGeneration
 
 import fxfuse
-from fxfuse import FxfuseError, Plan
+from fxfuse import FxfuseError, Plan, PlanError
 from fxfuse.errors import PruneError
 from fxfuse.prune import Dropped
 from tests.models.checks import assert_exact
@@ -138,6 +140,36 @@ class TestWhatIsLeft:
         assert_exact([logits(made, x)], [logits(model, x)])
         assert_exact(in_steps(made, tokens(1, 9), 5, 3, 1), in_steps(model, tokens(1, 9), 5, 3, 1))
 
+    def test_a_pruned_model_can_be_pickled(self) -> None:
+        model, file = fxfuse.prune(llama(3), Plan(drop=attentions(0, 2))), io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        made = torch.load(file, weights_only=False)
+
+        assert_exact(in_steps(made, tokens(1, 9), 5, 3, 1), in_steps(model, tokens(1, 9), 5, 3, 1))
+
+
+class TestInTraining:
+    def test_a_model_with_dropout_is_pruned_as_in_eval_mode(self) -> None:
+        model = llama(3, attention_dropout=0.5).train()
+        model.model.layers[0].eval()
+        reference = planned(model, drop=attentions(0, 1))
+        modes = {name: module.training for name, module in model.named_modules()}
+        state = torch.get_rng_state()
+        fxfuse.prune(model, Plan(drop=attentions(0, 1)))
+
+        assert isinstance(model.model.layers[1].self_attn, Dropped)
+        assert all(module.training == modes[name] for name, module in model.named_modules())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert_exact([logits(model.eval(), tokens())], [logits(reference.eval(), tokens())])
+
+    def test_a_model_that_cannot_be_pruned_stays_in_training(self) -> None:
+        model = Biased().train()
+        with pytest.raises(PruneError, match="differ"):
+            fxfuse.prune(model, Plan(drop=["layers.1.mlp"]), vectors())
+
+        assert all(module.training for module in model.modules())
+
 
 class TestWhatItComputes:
     @pytest.mark.parametrize(("make", "dropped"), CASES)
@@ -200,6 +232,85 @@ class TestWhatItComputes:
                 assert wanted[name] is None, name
             else:
                 assert_exact([parameter.grad], [wanted[name]])
+
+
+def silenced(model: nn.Module, name: str) -> Any:
+    """A copy of ``model`` in which a module runs, writes its cache, and has zeros in place of its contribution."""
+
+    def silence(module: nn.Module, args: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    made = copy.deepcopy(model)
+    made.get_submodule(name).register_forward_hook(silence)
+    return made
+
+
+class TestEncoderAndDecoder:
+    """A cache that holds two: that of the decoder's own tokens, which carries their number, and the encoder's."""
+
+    @pytest.mark.parametrize(
+        ("name", "stays"), [("0.self_attn", True), ("1.self_attn", False), ("0.encoder_attn", True)]
+    )
+    def test_calls_that_continue_with_the_cache_are_those_of_the_reference(self, name: str, stays: bool) -> None:
+        sizes: dict[str, Any] = {f"{side}_{what}": n for side in ("encoder", "decoder")
+                                 for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 40))}  # fmt: skip
+        model: Any = MBartForConditionalGeneration(MBartConfig(vocab_size=50, d_model=32, **sizes)).double().eval()
+        redraw(model)
+        name, ids, said = f"model.decoder.layers.{name}", tokens(2, 5), tokens(2, 6, seed=3)
+        reference = silenced(model, name)
+        fxfuse.prune(model, Plan(drop=[name]), input_ids=ids, decoder_input_ids=said)
+        found: list[list[Tensor]] = []
+        for each in (model, reference):
+            with torch.no_grad():
+                first = each(ids, decoder_input_ids=said[:, :4], use_cache=True)
+                second = each(ids, decoder_input_ids=said[:, 4:], past_key_values=first.past_key_values)
+            found.append([first.logits, second.logits])
+
+        assert_exact(found[0], found[1], tolerance=1e-10)
+        assert isinstance(model.get_submodule(name), Dropped) != stays
+
+
+class Count:
+    """A cache that can tell the length of the sequence, and is laid out like no other."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12).double(), nn.Linear(12, 8).double()
+
+    def forward(self, h: Tensor, cache: Count) -> Tensor:
+        cache.tokens += h.shape[1]
+        return self.down(self.up(h))
+
+
+class Positions(Tower):
+    """Adds to each token its position, which the cache knows from an attention."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.attn = Attention()
+
+    def forward(self, x: Tensor, cache: Count | None = None) -> tuple[Tensor, Count]:
+        cache = Count() if cache is None else cache
+        x = x + torch.arange(cache.get_seq_length(), cache.get_seq_length() + x.shape[1])[:, None]
+        return super().forward(x + self.attn(x, cache)), cache
+
+
+class TestAnUnknownCache:
+    def test_what_may_carry_the_length_goes_on_counting(self) -> None:
+        model, x = Positions(), vectors()
+        reference = silenced(model, "attn")
+        fxfuse.prune(model, Plan(drop=["attn"]), x)
+
+        found, expected = ([first, each(x, cache)[0]] for each in (model, reference) for first, cache in [each(x)])
+        assert_exact(found, expected)
 
 
 class Twice(nn.Module):
@@ -300,6 +411,15 @@ class TestErrors:
         with pytest.raises(FxfuseError, match="layers.1.mlp"):
             fxfuse.prune(model, Plan(drop=["layers.1.mlp.down"]), torch.randn(2, 3, 8, dtype=torch.float64))
         assert torch.equal(model(x), Tower(2)(x))
+
+    def test_a_module_that_is_no_branch_is_a_plan_error_and_the_model_is_as_it_was(self) -> None:
+        model, x = Tower(3), vectors()
+        modules, expected = dict(model.named_modules()), model(x)
+        with pytest.raises(PlanError, match=r"'layers\.1' is no branch of this graph.*nearest: layers\.1\.mlp"):
+            fxfuse.prune(model, Plan(drop=["layers.1"]), x)
+
+        assert dict(model.named_modules()) == modules
+        assert torch.equal(model(x), expected)
 
     def test_without_an_example_call_it_asks_for_one(self) -> None:
         with pytest.raises(PruneError, match="one example call is needed"):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxfuse
-from fxfuse.errors import CaptureError, PlanError, RecordError
+from fxfuse.errors import CaptureError, FxfuseError, OptionError, PlanError, RecordError
+from fxfuse.recording import model_digest
 from tests.tiny import Tower, llama, planned, tokens, vectors
 
 LAYERS = 4
@@ -186,6 +187,57 @@ def test_a_model_compiled_in_place_is_recorded_uncompiled() -> None:
     assert model._compiled_call_impl is not None
 
 
+def test_a_wrapper_of_torch_compile_is_recorded_as_its_module_is() -> None:
+    model = llama(2)
+    compiled: Any = torch.compile(model, backend="eager")
+
+    recording = fxfuse.record(compiled, [batch()])
+
+    assert recording.to_bytes() == fxfuse.record(model, [batch()]).to_bytes()
+    recording.check(compiled)
+    assert isinstance(fxfuse.make_plan(recording, compiled, [batch()], max_kl=0.0), fxfuse.Plan)
+
+
+def test_calls_of_many_kinds_are_all_recorded() -> None:
+    class Kinds(Tower):
+        def forward(self, x: Tensor, kind: str) -> Tensor:
+            return super().forward(x) * len(kind)
+
+    kinds = [{"x": vectors(), "kind": "k" * count} for count in range(1, 11)]  # Dynamo gives up after eight
+
+    assert fxfuse.record(Kinds(2), kinds).tokens == 10 * fxfuse.record(Tower(2), [{"x": vectors()}]).tokens
+
+
+def test_a_cache_in_a_batch_is_as_it_was() -> None:
+    from transformers import DynamicCache
+
+    model = llama(2)
+    cache = DynamicCache(config=model.config)
+    given = [{"input_ids": tokens(), "past_key_values": cache}] * 2
+
+    recording = fxfuse.record(model, given)
+
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(recording.kl, fxfuse.record(model, [{"input_ids": tokens()}]).kl)
+
+
+def test_a_plan_may_be_the_path_of_one(tmp_path: Path) -> None:
+    plan = fxfuse.Plan(drop=["layers.0.mlp"])
+    plan.save(tmp_path / "plan.json")
+
+    assert fxfuse.record(Tower(2), [{"x": vectors()}], plan=tmp_path / "plan.json").plan == plan
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.uint16])
+def test_weights_of_any_dtype_have_a_digest(dtype: torch.dtype) -> None:
+    def digest(value: int) -> str:
+        model = nn.Module()
+        model.register_buffer("held", torch.tensor([1, 2, value]).to(dtype))
+        return model_digest(model)["weights"]
+
+    assert digest(3) == digest(3) != digest(4)
+
+
 # What a user interrupts ------------------------------------------------------------------------------------------
 
 
@@ -227,6 +279,46 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
         fxfuse.record(model, [x], resume=state)
 
 
+def test_a_state_of_more_or_of_other_batches_is_refused_and_kept(tmp_path: Path) -> None:
+    model, state = Tower(2), tmp_path / "state"
+    batches = [{"x": vectors(2, 5, 8, seed=seed)} for seed in range(3)]
+    fxfuse.record(model, batches, resume=state, max_tokens=30)
+    content = state.read_bytes()
+
+    for fewer in ([], batches[:2], iter(batches[:1])):
+        with pytest.raises(RecordError, match="3 batches, of which only"):
+            fxfuse.record(model, fewer, resume=state)
+    with pytest.raises(RecordError, match="30 tokens, more than max_tokens=20"):
+        fxfuse.record(model, batches, resume=state, max_tokens=20)
+    with pytest.raises(RecordError, match="batch 0 is not the one"):
+        fxfuse.record(model, batches[::-1], resume=state, max_tokens=30)
+
+    assert state.read_bytes() == content
+    assert fxfuse.record(model, batches, resume=state, max_tokens=30).tokens == 30
+
+
+@pytest.mark.parametrize("header", ['{"a": 2}', "[]", "null", '{"model": 1}', "x"])
+def test_a_damaged_state_is_an_error(header: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from fxfuse.resume import FORMAT
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "state", {FORMAT: header})
+
+    with pytest.raises(RecordError, match="state"):
+        fxfuse.record(Tower(2), [{"x": vectors()}], resume=tmp_path / "state")
+
+
+@pytest.mark.parametrize("path", ["nowhere/state", "."])
+def test_a_state_that_cannot_be_written_is_refused_before_the_model_is_called(path: str, tmp_path: Path) -> None:
+    def unread() -> Iterator[dict[str, Any]]:
+        raise AssertionError
+        yield
+
+    with pytest.raises(FxfuseError, match="folder"):
+        fxfuse.record(Tower(2), unread(), resume=tmp_path / path)
+
+
 # What a user does wrong ------------------------------------------------------------------------------------------
 
 
@@ -251,7 +343,34 @@ def test_nan_in_a_branch_is_an_error_with_its_name() -> None:
         fxfuse.record(model, [{"x": vectors()}])
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("model.embed_tokens", r"stream before model\.layers\.0\.self_attn.*the embedding.*in batch 0"),
+        ("model.norm", r"logits with nothing dropped .*in batch 0"),
+        ("lm_head", r"logits with nothing dropped .*in batch 0"),
+    ],
+)
+def test_nan_outside_all_branches_is_not_blamed_on_one(weight: str, message: str) -> None:
+    model = llama(2)
+    with torch.no_grad():
+        model.get_parameter(f"{weight}.weight").fill_(torch.nan)
+
+    with pytest.raises(RecordError, match=message):
+        fxfuse.record(model, [batch()])
+
+
+@pytest.mark.parametrize("max_tokens", [0, -3, "many", 1.5])
+def test_a_limit_that_is_none_is_an_error(max_tokens: Any) -> None:
+    with pytest.raises(OptionError, match="max_tokens"):
+        fxfuse.record(Tower(2), [{"x": vectors()}], max_tokens=max_tokens)
+
+
 def test_a_plan_of_another_model_is_an_error() -> None:
+    with pytest.raises(PlanError, match=r"layers\.7\.mlp"):
+        fxfuse.record(Tower(2), [{"x": vectors()}], plan=fxfuse.Plan(drop=["layers.7.mlp"]))
+    with pytest.raises(OptionError, match="plan is a"):
+        fxfuse.record(Tower(2), [{"x": vectors()}], plan={"drop": []})  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="no branch"):
         fxfuse.record(Tower(2), [{"x": vectors()}], plan=fxfuse.Plan(parallel=[["layers.0.mlp", "layers.7.mlp"]]))
 

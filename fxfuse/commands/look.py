@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxfuse.commands.shared import Batch, CastTo, Json, Length, Model, PlanFile, app, known_backend, load, read_plan
+from fxfuse.commands.shared import (
+    Batch,
+    CastTo,
+    Json,
+    Length,
+    Model,
+    PlanFile,
+    app,
+    known_backend,
+    load,
+    read_plan,
+    writable_folder,
+)
 
 if TYPE_CHECKING:
     from fxfuse.bench import Comparison
@@ -40,6 +52,8 @@ def explain(
     from fxfuse.trace import write_trace
 
     chosen = read_plan(plan)
+    if trace is not None:
+        writable_folder(trace, "versions.txt")
     loaded = load(model, dtype, text, length, batch)
     if trace is not None:
         files = write_trace(loaded.model, trace, *loaded.args, plan=chosen, **loaded.kwargs)

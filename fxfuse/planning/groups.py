@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from fxfuse.errors import OptionError
+from fxfuse.bounds import check_bound, check_count
 from fxfuse.recording import BranchRecord, Recording
 
 FFNs: TypeAlias = tuple[str, ...]
@@ -38,10 +38,8 @@ class Limits:
     keep_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_distance is not None and not self.max_distance >= 0:
-            raise OptionError(f"max_distance is a cosine distance, 0..2, not {self.max_distance}")
-        if self.max_width is not None and not self.max_width > 0:
-            raise OptionError(f"max_width is a number of hidden units, not {self.max_width}")
+        check_bound("max_distance", self.max_distance, "a cosine distance, 0..2")
+        check_count("max_width", self.max_width)
 
     def allow(self, recording: Recording, group: Sequence[str]) -> bool:
         """Whether ``group`` keeps to all of them (but ``keep_last``, which is about runs)."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fxfuse.batches import Batch
+from fxfuse.batches import Batch, original
+from fxfuse.bounds import check_bound, check_count
 from fxfuse.errors import OptionError
 from fxfuse.plan import Plan
 from fxfuse.planning.budget import search
 from fxfuse.planning.decisions import Decision, plan_of, propose
 from fxfuse.planning.groups import Limits
 from fxfuse.planning.meter import Meter
-from fxfuse.planning.planned import original
 from fxfuse.planning.scores import Score, cheapest, check_score, how_many
 from fxfuse.recording import Recording
 
@@ -98,12 +98,13 @@ class Choices:
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        if self.max_kl is not None and not self.max_kl >= 0:
-            raise OptionError(f"max_kl is a budget in nats per token, not {self.max_kl}")
-        if not 0 <= self.drop_share <= 1:
+        check_bound("max_kl", self.max_kl, "a budget in nats per token")
+        check_bound("max_score", self.max_score, "what the scores may add up to")
+        check_bound("drop_share", self.drop_share, "a part of max_kl, 0..1")
+        if self.drop_share > 1:
             raise OptionError(f"drop_share is a part of max_kl, 0..1, not {self.drop_share}")
-        if self.search_tokens is not None and self.search_tokens < 1:
-            raise OptionError(f"search_tokens must be at least 1, not {self.search_tokens}")
+        check_count("max_tokens", self.max_tokens)
+        check_count("search_tokens", self.search_tokens)
 
 
 def decide(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import nn
 
-from fxfuse.batches import Batch, Model
+from fxfuse.batches import Batch, Model, original, thoroughly
 from fxfuse.capture import uncompiled
 from fxfuse.evaluate import evaluate
 from fxfuse.plan import Plan
-from fxfuse.planning.planned import Planned, compiled, original
+from fxfuse.planning.planned import Planned, compiled
 
 
 class Meter:
@@ -62,11 +61,7 @@ class Meter:
             return self._measure(model, self._max_tokens)
 
     def _measure(self, planned: Model, tokens: int | None) -> float:
-        # While a plan is in force Dynamo must never run the original code instead; this one is in force here only.
-        strictly = torch._dynamo.config.patch(
-            suppress_errors=False, recompile_limit=64, fail_on_recompile_limit_hit=True
-        )
-        with strictly, uncompiled(self._model):
+        with thoroughly(), uncompiled(self._model):
             found = evaluate(planned, self._batches, reference=self._model, max_tokens=tokens, progress=self._progress)
         assert found.kl is not None  # there is a reference
         return found.kl

@@ -81,8 +81,3 @@ def compiled(model: nn.Module, plan: Plan) -> Iterator[Model]:
         yield torch.compile(handle, backend="ffnfuse", options=options, **APART)
     finally:
         forget(handle)
-
-
-def original(model: nn.Module) -> nn.Module:
-    """The module itself where ``model`` is what torch.compile returned for it."""
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model

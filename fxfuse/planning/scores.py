@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias, get_args
 
+from fxfuse.bounds import check_bound
 from fxfuse.errors import OptionError, RecordError, nearest
 from fxfuse.recording import BranchRecord, Recording
 
@@ -63,8 +64,7 @@ def cheapest(
         RecordError: the recording lacks the score.
     """
     count = how_many(recording, drop)
-    if max_score is not None and not max_score >= 0:
-        raise OptionError(f"max_score must not be negative, not {max_score}")
+    check_bound("max_score", max_score, "what the scores may add up to")
     scores = attention_scores(recording, by) if count else {}
     chosen: dict[str, float] = {}
     for name in sorted(scores, key=scores.__getitem__)[:count]:

@@ -68,6 +68,13 @@ class TestErrors:
             ({"model": llama(1), "max_kl": 1.0}, "give both, or neither"),
             ({"batches": [], "max_kl": 1.0}, "give both, or neither"),
             ({"model": llama(1), "batches": []}, "give max_kl"),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"max_tokens": "all"}, "max_tokens"),
+            ({"max_kl": "0.05"}, "max_kl"),
+            ({"max_score": "low"}, "max_score"),
+            ({"max_distance": [0.1]}, "max_distance"),
+            ({"max_width": 1.5}, "max_width"),
+            ({"drop_share": "half"}, "drop_share"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from fxfuse import Plan, PlanError, evaluate
 from fxfuse.errors import RecordError
@@ -41,6 +42,15 @@ class TestTheCost:
         assert expected > 1e-3
         assert meter(PLAN) == pytest.approx(expected, rel=1e-8)
         assert meter.final(PLAN) == pytest.approx(expected, rel=1e-8)
+
+    def test_is_the_same_when_a_batch_holds_a_cache(self) -> None:
+        model, given = llama(2), batches(9)
+        cache = DynamicCache(config=model.config)
+        meter = Meter(model, [{"input_ids": given[0]["input_ids"], "past_key_values": cache}])
+
+        assert meter(PLAN) == pytest.approx(truth(model, given), rel=1e-8)
+        assert meter.final(PLAN) == pytest.approx(truth(model, given), rel=1e-8)
+        assert cache.get_seq_length() == 0
 
     def test_of_no_plan_is_nothing(self) -> None:
         meter = Meter(llama(1), [])

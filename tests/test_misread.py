@@ -221,3 +221,28 @@ def test_who_only_asks_for_a_size_reads_nothing() -> None:
     h = model.start(torch.tanh(x))
     assert_exact([compiled(x)], [h + model.branch(0, h) + model.branch(1, h)])  # type: ignore[operator]
     assert seen == [{"layers.0.body", "layers.1.body"}] * 3
+
+
+class Mapped(nn.Module):
+    """A mixer with a region of vmap in it, as an associative scan leaves one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.into(x).cumsum(1)
+        return self.out(torch.vmap(lambda a, b: a * torch.tanh(b))(made, x))
+
+
+@torch.no_grad()
+def test_nothing_moves_across_a_region_of_vmap_and_an_empty_one_is_in_nobodys_way() -> None:
+    model = ready(Stream(MLP(), Mapped(), MLP(), Mapped()))
+    group = [["layers.0.body", "layers.2.body"]]
+
+    x = vectors()
+    h = model.start(x)  # type: ignore[operator]
+    parallel = h + model.branch(0, h) + model.branch(2, h)  # type: ignore[operator]
+    assert_exact([planned(model, Plan(drop=["layers.1.body"], parallel=group))], [model.layers[3](parallel)])  # type: ignore[index]
+    with pytest.raises(Exception, match="cross the border of an autocast, no_grad or vmap region"):
+        planned(model, Plan(parallel=group))

@@ -190,6 +190,14 @@ class Shared(Layer):
         return h + (self.routed(x) + self.body(x))
 
 
+class SharedByRows(Shared):
+    """On rows, which take the stream's shape only when they are added (Llama 4, Ernie 4.5)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = self.norm(h).reshape(-1, h.shape[-1])
+        return h + (self.routed(x) + self.body(x)).view(h.shape)
+
+
 TIED = nn.Linear(WIDTH, HIDDEN, bias=False)
 
 
@@ -267,6 +275,7 @@ WIDE: dict[str, Callable[[], Layer | nn.Module]] = {
     "activation with a number for each unit": lambda: Changed(inside=lambda m, y: y * m.alpha, alpha=vector(HIDDEN)),
     "idle dropout": lambda: MLP(activation=lambda x: F.dropout(F.gelu(x), 0.1, False)),
     "shared expert beside routed ones": Shared,
+    "shared expert beside routed ones, on rows": lambda: SharedByRows(),
     "one gate for both": lambda: Tied(),
 }  # fmt: skip
 

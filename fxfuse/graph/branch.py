@@ -171,11 +171,13 @@ def base_name(
     named = [weights[node] for node in held if weights[node]] + _held_by_modules(core)
     if not named:
         named = [weights[node] for node in parameters_of(nodes, weights, weight_only) if weights[node]]
-    if not named:
-        return ""
-    paths = [name.split(".")[:-1] for name in named]
+    return _common_path(named)
+
+
+def _common_path(names: Iterable[str]) -> str:
+    """The deepest module path that holds all parameters of those ``names``."""
     common: list[str] = []
-    for parts in zip(*paths, strict=False):
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:
             break
         common.append(parts[0])
@@ -240,6 +242,12 @@ def name_branches(branches: list[Branch], weights: Mapping[fx.Node, str], weight
     for branch in branches:
         stamped = [str(term.node.meta[STAMP]) for term in branch.terms if STAMP in term.node.meta]
         branch.name = "+".join(dict.fromkeys(stamped)) or base_name(branch.body, weights, weight_only, tied)
+    counts = Counter(branch.name for branch in branches)
+    for branch in branches:
+        # A shared expert under a gate of its own, beside the routed ones: the gate is the whole mixture's by its name.
+        if counts[branch.name] > 1 and branch.gate_up is not None and STAMP not in branch.terms[0].node.meta:
+            own = _common_path(weights.get(each.weight, "") for each in branch.gate_up.projections)
+            branch.name = own if own not in counts else branch.name
     counts = Counter(branch.name for branch in branches)
     for index, branch in enumerate(branches):
         if not branch.name or counts[branch.name] > 1:

@@ -410,11 +410,13 @@ _BARRIER_NAMES = (
     "_set_grad_enabled",
     "_enter_inference_mode",
     "_exit_inference_mode",
+    "_vmap_increment_nesting",
+    "_vmap_decrement_nesting",
 )
 
 
 def is_barrier(node: fx.Node) -> bool:
-    """A node that changes what the ops after it mean: autocast and grad-mode borders. Nothing moves across one."""
+    """A node that changes what the ops after it mean: borders of autocast, grad mode, vmap. Nothing moves across one."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _BARRIER_NAMES
 
 

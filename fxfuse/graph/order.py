@@ -69,7 +69,7 @@ def hazards(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 
 
 def regions(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The number of autocast and grad-mode borders before each node."""
+    """The number of borders (of autocast, grad mode, vmap) before each node."""
     found: dict[fx.Node, int] = {}
     count = 0
     for node in graph.nodes:
@@ -107,7 +107,7 @@ def sort(graph: fx.Graph, hazard: Mapping[fx.Node, set[fx.Node]], region: Mappin
     while ready:
         _, node = heapq.heappop(ready)
         if done and level[node] < level[done[-1]]:
-            raise Stuck(node, {node}, "it would have to cross the border of an autocast or no_grad region")
+            raise Stuck(node, {node}, "it would have to cross the border of an autocast, no_grad or vmap region")
         done.append(node)
         for user in after[node]:
             waiting[user] -= 1

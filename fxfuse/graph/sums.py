@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fxfuse.graph.branch import STAMP, Branch, Term
-from fxfuse.graph.ops import drops_randomly, mutated_arguments, op
+from fxfuse.graph.ops import Op, drops_randomly, mutated_arguments, op
 from fxfuse.graph.rows import viewed
 from fxfuse.graph.scale import ONE, Scale, as_scale, scaling
-from fxfuse.graph.values import is_floating, same_shape, sizes_only, widens
+from fxfuse.graph.values import dtype, is_floating, same_shape, sizes_only, widens
 
 
 @dataclass(eq=False)
@@ -81,9 +82,10 @@ def _opens(node: fx.Node, constant: set[fx.Node]) -> bool:
 
 
 def _alone(node: fx.Node, scale: Scale) -> tuple[fx.Node, Scale]:
-    """``node`` without the numbers it is multiplied with, idle dropout and widening casts that nothing else reads.
+    """``node`` without what nothing else reads: numbers it is multiplied with, idle dropout, widening casts, views.
 
-    Adding the terms of ``(a + b).to(float32)`` to a float32 stream one by one casts each of them, by promotion.
+    Adding the terms of ``(a + b).to(float32)`` to a float32 stream one by one casts each of them, by promotion. Those
+    of ``(routed + shared).view(h.shape)`` keep the shape that they have.
     """
     while len(node.users) == 1 and (found := op(node)) is not None:
         factor = scaling(found)
@@ -92,10 +94,21 @@ def _alone(node: fx.Node, scale: Scale) -> tuple[fx.Node, Scale]:
             continue
         source = found.node("input")
         idle = found.name == "dropout" and not drops_randomly(found) and not found.inplace
-        if source is None or not (idle or (found.name == "cast" and widens(source, node))):
+        if source is None or not (idle or _widened(node, found) or viewed(node, found) is not None):
             break
         node = source
     return node, scale
+
+
+def _widened(node: fx.Node, found: Op) -> bool:
+    """Whether ``node`` is a cast that a sum may be opened through, which spares the rounding of the sum.
+
+    Of a sum in float32 that is cast to float64 that would be more than 1e-8.
+    """
+    source = found.node("input")
+    if found.name != "cast" or source is None or not widens(source, node):
+        return False
+    return dtype(node) != torch.float64 or dtype(source) == torch.float64
 
 
 def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:

@@ -13,7 +13,7 @@ from torch.fx.node import Argument
 
 from fxfuse.errors import PlanError
 from fxfuse.graph.branch import STAMP, Term
-from fxfuse.graph.ops import is_impure, mutated_arguments
+from fxfuse.graph.ops import is_barrier, is_impure, mutated_arguments
 from fxfuse.graph.order import writes_only_its_own
 from fxfuse.graph.sums import Sum
 from fxfuse.graph.values import dtype, same_shape, shape, value
@@ -92,7 +92,7 @@ def add_up(graph: fx.Graph, start: fx.Node, terms: Sequence[Term], like: fx.Node
     """
     node = start
     for term in terms:
-        added = term.node if same_shape(term.node, start) else shaped(graph, term.node, start)
+        added = term.node if same_shape(term.node, start) else _rows_like(graph, term.node, start)
         for factor in term.scale.nodes:
             added = graph.call_function(torch.mul, (added, factor))
         kwargs: dict[str, Argument] = {} if term.scale.number == 1.0 else {"alpha": term.scale.number}
@@ -102,6 +102,17 @@ def add_up(graph: fx.Graph, start: fx.Node, terms: Sequence[Term], like: fx.Node
         node = graph.call_method("to", (start, dtype(like)))
         node.meta = _meta_of(like)
     return node
+
+
+def _rows_like(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    """The rows of ``node``, a branch's term, in the shape of ``like``, inserted at the graph's insertion point."""
+    made = graph.call_method("reshape_as", (node, like))
+    known, target = value(node), value(like)
+    if known is not None and target is not None:
+        made.meta["example_value"] = known.new_empty(target.shape)
+    if STAMP in node.meta:
+        made.meta[STAMP] = node.meta[STAMP]
+    return made
 
 
 def shaped(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
@@ -170,6 +181,26 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node], keep: Container[fx.Nod
         erased[node] = None
         stack.extend(sources)
     return list(erased)
+
+
+_EMPTY = {("_vmap_increment_nesting", "_vmap_decrement_nesting"), ("_enter_autocast", "_exit_autocast")}
+
+
+def erase_empty_regions(graph: fx.Graph) -> None:
+    """Erase regions that hold nothing any more: their borders would keep others from moving."""
+    opened: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if not is_barrier(node):
+            opened.clear()
+        elif opened and (_name(opened[-1]), _name(node)) in _EMPTY:
+            graph.erase_node(node)
+            graph.erase_node(opened.pop())
+        else:
+            opened.append(node)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", ""))
 
 
 def _is_own_write(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from torch import fx
 from fxfuse.graph.branch import KEPT
 from fxfuse.graph.order import overwritten
 from fxfuse.graph.stream import ResidualStream
-from fxfuse.passes.base import Edit, PassReport, erase_dead, resum, transaction
+from fxfuse.passes.base import Edit, PassReport, erase_dead, erase_empty_regions, resum, transaction
 from fxfuse.passes.normal import normal_streams
 from fxfuse.passes.select import check_known
 
@@ -55,4 +55,5 @@ def drop(gm: fx.GraphModule, branches: Collection[str], streams: Sequence[Residu
                     kept = len(branch.body) - sum(node in branch.nodes for node in erased)
                     detail = f"{kept} of its nodes serve others and stay" if kept else ""
                     report.done.append(Edit((branch.name,), "dropped", detail))
+        erase_empty_regions(gm.graph)
     return report

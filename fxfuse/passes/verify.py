@@ -76,7 +76,7 @@ def _distance(got: Tensor, wanted: Tensor) -> float:
 def _total(terms: Sequence[Term], values: Mapping[fx.Node, Tensor]) -> Tensor:
     parts = []
     for term in terms:
-        part = values[term.node] * term.scale.number
+        part = values[term.node].flatten(0, -2) * term.scale.number  # the same rows, in whatever shape
         for factor in term.scale.nodes:
             part = part * values[factor]
         parts.append(part)
@@ -104,8 +104,8 @@ class _Float64(fx.Interpreter):
         return {node: self.env[node] for node in wanted}
 
     def run_node(self, n: fx.Node) -> object:
-        if is_barrier(n):
-            return None
+        if is_barrier(n) and "vmap" not in str(n.target):
+            return None  # of autocast and grad mode, which do not matter here
         # What is narrower still was made anew, of torch's default dtype; so nobody shares its memory.
         return map_aggregate(super().run_node(n), lambda made: _wide(made) if isinstance(made, Tensor) else made)
 

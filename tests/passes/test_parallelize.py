@@ -434,7 +434,9 @@ def test_a_group_across_the_border_of_an_autocast_region_is_refused() -> None:
     traced = trace(ready(Bordered()).float(), vectors().float())
 
     for group in ((m(0), m(1)), (m(2), m(3)), (a(0), m(3)), (m(0), (a(1), m(1)))):
-        assert_refused(traced, lambda gm, g=group: parallelize(gm, [g]), "border of an autocast or no_grad region")
+        assert_refused(
+            traced, lambda gm, g=group: parallelize(gm, [g]), "border of an autocast, no_grad or vmap region"
+        )
 
 
 def test_a_group_inside_an_autocast_region_is_made_there() -> None:

@@ -73,7 +73,7 @@ class Result:
         """Whether all comparisons came out equal and told something; that under an empty plan must have been made."""
         told = self.effect is None or self.effect > 100 * TOLERANCE
         equal = (self.planned_error or 0) <= TOLERANCE and (self.ratio or 0) <= RATIO
-        return self.empty_error is not None and self.empty_error <= TOLERANCE and equal and told
+        return not self.failed and self.empty_error is not None and self.empty_error <= TOLERANCE and equal and told
 
     @property
     def miscounted(self) -> str:
@@ -125,8 +125,12 @@ def _check(net: Net, result: Result) -> None:
     except FxfuseError as refusal:
         result.unplanned, result.group = f"only dropped, a group is refused: {refusal}", []
         if plan.drop:
-            with silenced(blocks):
-                expected = outputs(net.model, net.inputs)
+            try:
+                with silenced(blocks):
+                    expected = outputs(net.model, net.inputs)
+            except ValueError as reason:
+                result.unplanned += f"; not compared, because {reason}"
+                return
             result.planned_error = error(_compiled(net, fxfuse.Plan(drop=plan.drop)), expected)
             result.effect = error(plain, expected)
         return

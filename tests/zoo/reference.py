@@ -42,12 +42,25 @@ def in_parallel(blocks: Sequence[Block]) -> Iterator[None]:
 def silenced(blocks: Sequence[Block]) -> Iterator[None]:
     """The attention and other mixers of tokens of ``blocks`` add nothing, until the end of the block."""
     sites = [site for block in blocks for site in block.sites if site.part in ("attention", "mixer")]
-    handles = [site.last.register_forward_hook(lambda module, args, out: torch.zeros_like(out)) for site in sites]
+    handles = [site.last.register_forward_hook(_nothing) for site in sites]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    """Zeros for what a part returns, or returns first; a state or attention weights beside it stay.
+
+    Raises:
+        ValueError: the part is more than a branch: it adds to the stream itself, and normalises that.
+    """
+    if not isinstance(out, tuple):
+        return torch.zeros_like(out)
+    if any(type(inner).__name__.endswith("Norm") for inner in module.children()):
+        raise ValueError(f"{type(module).__name__} is more than a branch")
+    return (torch.zeros_like(out[0]), *out[1:])
 
 
 class _Run:

@@ -47,7 +47,7 @@ class Sizes:
     evaluate: int = 6144
     prompt: int = 128
     context: int = 2048
-    repeats: int = 41
+    repeats: int = 35
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Source: LLM-Drop (arXiv 2406.15786); the no-op blocks of Puzzle (arXiv 2411.1914
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from torch import fx
@@ -40,6 +41,7 @@ def drop(gm: fx.GraphModule, branches: Collection[str], streams: Sequence[Residu
         check_known(branches, streams)
         rewritten = overwritten(gm.graph)
         replaced: dict[fx.Node, fx.Node] = {}
+        owners = Counter(node for stream in streams for branch in stream.branches for node in branch.nodes)
         for stream in streams:
             for each in stream.sums:
                 gone = [branch for branch in each.branches if branch.name in branches]
@@ -49,9 +51,9 @@ def drop(gm: fx.GraphModule, branches: Collection[str], streams: Sequence[Residu
                 resum(gm.graph, each, [term for term in each.terms if term not in left], replaced, rewritten)
                 for branch in gone:
                     erased = erase_dead(gm.graph, [term.node for term in branch.terms])
-                    others = set().union(*(b.nodes for st in streams for b in st.branches if b is not branch))
-                    for node in branch.nodes.difference(erased, others):
-                        node.meta[KEPT] = branch.name  # it goes on reading the stream where it stood
+                    for node in branch.nodes.difference(erased):
+                        if owners[node] == 1:
+                            node.meta[KEPT] = branch.name  # it goes on reading the stream where it stood
                     kept = len(branch.body) - sum(node in branch.nodes for node in erased)
                     detail = f"{kept} of its nodes serve others and stay" if kept else ""
                     report.done.append(Edit((branch.name,), "dropped", detail))

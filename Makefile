@@ -1,7 +1,7 @@
 # Every target sets itself up: on a bare machine it needs Python >= 3.11 with headers, make and a C++ compiler.
 #
 #   make test                  the whole suite
-#   make test-fast             under two minutes: neither what is marked slow nor the random models of tests/properties
+#   make test-fast             under two minutes: graphs, passes and plans, but nothing that is marked slow
 #   make mutants               breaks the library in known ways and sees the tests go red
 #   make zoo                   every architecture of transformers against plain references: writes docs/architectures.md
 #   make demo                  SmolLM2-135M recorded, planned, compiled, evaluated and timed: ten minutes, files in demo/
@@ -34,7 +34,7 @@ test: $(STAMP)
 	$(PYTEST) $(ARGS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow" --ignore tests/properties $(ARGS)
+	$(PYTEST) -m "not slow" tests/graph tests/passes tests/planning tests/test_plan.py tests/test_options.py $(ARGS)
 
 mutants: $(STAMP)
 	$(VENV)/bin/python tests/mutations.py

@@ -58,8 +58,8 @@ MUTATIONS = (
     Mutation(
         "read the stream one branch late",
         "fxfuse/passes/parallelize.py",
-        "point = self._stream.points[self._stream.levels[branch.read]]",
-        "point = self._stream.points[min(self._stream.levels[branch.read] + 1, len(self._stream.sums) - 1)]",
+        "level = self._stream.levels[self._first(group).read]",
+        "level = min(self._stream.levels[self._first(group).read] + 1, len(self._stream.sums) - 1)",
         ("tests/passes/test_parallelize.py",),
     ),
     Mutation(

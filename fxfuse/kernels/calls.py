@@ -13,7 +13,7 @@
 | ``down_bias`` | ``[d]`` | |
 | ``residual`` | ``[..., d]`` | what the FFN's contribution is added to |
 
-All tensors but ``rstd`` have one dtype: float32, float16 or bfloat16; on a CPU also float64.
+All tensors but ``rstd`` have one dtype: float32, float16 or bfloat16; also float64, in ATen.
 """
 
 from __future__ import annotations

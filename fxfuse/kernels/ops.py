@@ -57,15 +57,22 @@ class Shapes:
         return self.down_add(Down(self.gate_up_act(first), down, residual, bias))
 
 
-def _triton() -> Backend:
+def _aten(tokens: Tensor) -> Backend:
+    return aten
+
+
+def _triton(tokens: Tensor) -> Backend:
+    """For tokens on a GPU. In float64, in which rewrites are verified, ATen computes there too."""
+    if tokens.dtype == torch.float64:
+        return aten
     require_triton()
     from fxfuse.kernels import launch
 
     return launch
 
 
-def _implement(backend: Callable[[], Backend], register: Callable[[str, Callable[..., Tensor]], object]) -> None:
-    """Register what ``backend()`` computes; it is asked at each call, so that Triton is imported by the first."""
+def _implement(backend: Callable[[Tensor], Backend], register: Callable[[str, Callable[..., Tensor]], object]) -> None:
+    """Register what ``backend(tokens)`` computes; asked at each call, so that Triton is imported by the first."""
 
     def gate_up_act(
         x: Tensor,
@@ -76,12 +83,12 @@ def _implement(backend: Callable[[], Backend], register: Callable[[str, Callable
         eps: float | None = None,
         activation: str = "silu",
     ) -> Tensor:
-        return backend().gate_up_act(GateUp(x, gate_up, gate_up_bias, gain, rstd, eps, activation))
+        return backend(x).gate_up_act(GateUp(x, gate_up, gate_up_bias, gain, rstd, eps, activation))
 
     def down_add(
         hidden: Tensor, down: Tensor, residual: Tensor | None = None, down_bias: Tensor | None = None
     ) -> Tensor:
-        return backend().down_add(Down(hidden, down, residual, down_bias))
+        return backend(hidden).down_add(Down(hidden, down, residual, down_bias))
 
     def wide_ffn(
         x: Tensor,
@@ -96,14 +103,17 @@ def _implement(backend: Callable[[], Backend], register: Callable[[str, Callable
         activation: str = "silu",
     ) -> Tensor:
         first = GateUp(x, gate_up, gate_up_bias, gain, rstd, eps, activation)
-        return backend().wide_ffn(first, down, residual, down_bias)
+        return backend(x).wide_ffn(first, down, residual, down_bias)
 
     for function in (gate_up_act, down_add, wide_ffn):
         register(function.__name__, function)
 
 
-_implement(lambda: aten, lambda name, function: _LIBRARY.impl(name, function, "CPU"))
+_implement(_aten, lambda name, function: _LIBRARY.impl(name, function, "CPU"))
 _implement(_triton, lambda name, function: _LIBRARY.impl(name, function, "CUDA"))
-_implement(Shapes, lambda name, function: torch.library.register_fake(f"fxfuse::{name}", function, lib=_LIBRARY))
+_implement(
+    lambda tokens: Shapes(),
+    lambda name, function: torch.library.register_fake(f"fxfuse::{name}", function, lib=_LIBRARY),
+)
 
 autograd.register(_LIBRARY)

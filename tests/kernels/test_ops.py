@@ -13,7 +13,7 @@ from torch.library import opcheck
 
 import fxfuse.kernels  # noqa: F401  # registers the ops
 from fxfuse.errors import KernelError
-from fxfuse.kernels import reference
+from fxfuse.kernels import aten, ops, reference
 from fxfuse.kernels.calls import ACTIVATIONS
 from tests.kernels.cases import DTYPES, Case, assert_exact_enough, draw
 
@@ -227,3 +227,8 @@ def test_neither_the_package_nor_its_ops_on_a_cpu_need_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[[5.0, 5.0]]", done.stderr
+
+
+def test_float64_is_atens_on_a_gpu_too() -> None:
+    """A wide FFN is verified in float64 where the model is, and the Triton kernels do not have it."""
+    assert ops._triton(torch.empty(2, 3, dtype=torch.float64)) is aten

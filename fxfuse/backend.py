@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._logging._internal import trace_structured
 
 from fxfuse.cpu import with_linear_maps
+from fxfuse.cpu.prepack import prepack
 from fxfuse.errors import FxfuseError, OptionError
 from fxfuse.graph.branch import Branch
 from fxfuse.graph.census import REPORT, census
@@ -72,6 +73,8 @@ def ffnfuse(
             verify=chosen.verify,
             max_rewrites=chosen.max_rewrites,
         )
+        if chosen.prepack and not _trains(example_inputs):
+            gm.meta[REPORTS] += (prepack(gm),)
         recipes = extract(gm)
     _trace(gm)
     compiler = _inner(chosen, mode)
@@ -129,10 +132,9 @@ def _inner(chosen: Options, mode: str | None) -> Callable[[fx.GraphModule, list[
         from torch._inductor.compile_fx import compile_fx
 
         def inductor(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-            training = torch.is_grad_enabled() and any(
-                isinstance(each, Tensor) and each.requires_grad for each in inputs
-            )
-            own = patches if training else with_linear_maps(gm, patches)
+            own = patches if _trains(inputs) else with_linear_maps(gm, patches)
+            if chosen.prepack:
+                own = {"size_asserts": False, **own}  # prepacked weights have no strides to assert
             compiled = compile_fx(gm, inputs, config_patches=own or None)
             assert callable(compiled)
             return compiled
@@ -147,6 +149,11 @@ def _inner(chosen: Options, mode: str | None) -> Callable[[fx.GraphModule, list[
     if chosen.inner not in list_backends(exclude_tags=()):
         raise OptionError(f"option 'inner': no backend {chosen.inner!r}; there are {', '.join(list_backends())}")
     return lookup_backend(chosen.inner)
+
+
+def _trains(inputs: Sequence[object]) -> bool:
+    """Whether a graph computes gradients."""
+    return torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs)
 
 
 def _packed_examples(recipes: Sequence[Recipe], call: PackedCall, example_inputs: list[Tensor]) -> list[Tensor]:

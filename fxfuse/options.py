@@ -77,6 +77,9 @@ class Options:
         kernels: what computes wide FFNs: "auto", fxfuse's Triton kernels on GPUs that can run them and ATen elsewhere;
             "fxfuse", its ops on every device; "aten", never.
         merge_gate_up: let FFNs that no plan fuses compute gate and up in one GEMM, at the price of a copy.
+        prepack: let linear maps on CPUs read weights in the layout of oneDNN's kernels, and those of one input be one,
+            each where it is measured to be faster; only where no gradients are computed. It takes a copy of each such
+            weight.
         strict: a name of the plan that no branch has is an error, not a warning.
         verify: compare all that is fused with what it replaces, in float64 on the inputs that a graph is made for; a
             difference is a :class:`fxfuse.errors.VerifyError`. For debugging: it takes much memory.
@@ -90,6 +93,7 @@ class Options:
     weights: Mode = "copy"
     kernels: Kernels = "auto"
     merge_gate_up: bool = False
+    prepack: bool = False
     strict: bool = False
     verify: bool = False
     max_rewrites: int | None = None
@@ -113,7 +117,7 @@ class Options:
             values["plan"] = PlanFile(plan)
         elif plan is not None and not isinstance(plan, Plan | PlanFile):
             raise OptionError(f"option 'plan' is a fxfuse.Plan or the path of one, not {type(plan).__name__}")
-        for name in ("merge_gate_up", "strict", "verify"):
+        for name in ("merge_gate_up", "prepack", "strict", "verify"):
             if not isinstance(values.get(name, False), bool):
                 raise OptionError(f"option {name!r} is True or False, not {values[name]!r}")
         most = values.get("max_rewrites")

@@ -41,8 +41,13 @@ class Recipe:
 
     def __call__(self, members: Sequence[Tensor]) -> Tensor:
         """The packed tensor, in memory of its own."""
-        made = [part.compute(members) for part in self.parts]
-        return torch.cat(made, self.dim) if len(made) > 1 else made[0].clone()
+        return self.join([part.compute(members) for part in self.parts])
+
+    def join(self, made: Sequence[Tensor]) -> Tensor:
+        """The parts in one tensor, in memory of its own; what is opaque is that already."""
+        if len(made) > 1:
+            return torch.cat(list(made), self.dim)
+        return made[0] if made[0].is_mkldnn else made[0].clone()
 
 
 def extract(gm: fx.GraphModule) -> tuple[Recipe, ...]:

@@ -69,8 +69,8 @@ class Pack:
         with _plain_tensors():
             made = [part.compute(members).detach() for part in recipe.parts]
             sizes = [part.shape[recipe.dim] if part.dim() else 1 for part in made]
-            self.tensor = torch.cat(made, recipe.dim) if len(made) > 1 else made[0].clone()
-            self._regions = torch.split(self.tensor, sizes, recipe.dim)
+            self.tensor = recipe.join(made)
+            self._regions = torch.split(self.tensor, sizes, recipe.dim) if len(made) > 1 else (self.tensor,)
         torch._dynamo.mark_static_address(self.tensor)
         self._settle(members)
 

@@ -1,6 +1,6 @@
-"""Linear maps of many tokens on a CPU: by PyTorch's GEMM or by oneDNN's, whichever is faster here.
+"""Linear maps on a CPU: by PyTorch's GEMM or by oneDNN's, over the weight as it lies in memory.
 
-Exact: the same sums of products, in float32.
+Exact: the same sums of products, formed in float32.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ from functools import cache
 import torch
 from torch import fx
 
-from fxfuse.cpu.products import Product, products
-from fxfuse.cpu.race import wins
+from fxfuse.cpu.products import products
+from fxfuse.cpu.race import Size, wins
 from fxfuse.kernels import onednn
 
 
-def many_rows_by_onednn(graph: fx.Graph) -> int:
-    """Rewrite the float32 products of ``graph`` that oneDNN computes faster on this machine; returns how many.
+def by_onednn(graph: fx.Graph) -> int:
+    """Rewrite the products of ``graph`` that oneDNN computes faster on this machine; returns how many.
 
     Args:
         graph: aten ops with fake tensors in ``node.meta["val"]``, as inductor has it after autograd.
     """
-    if not onednn.available():
-        return 0
-    found = [product for product in products(graph) if _wins(product)]
+    found = [product for product in products(graph) if (size := product.size()) is not None and onednn_wins(size)]
     for product in found:
         with graph.inserting_before(product.node):
             operands = (product.rows, product.weight(), product.bias)
@@ -32,14 +30,7 @@ def many_rows_by_onednn(graph: fx.Graph) -> int:
     return len(found)
 
 
-def _wins(product: Product) -> bool:
-    rows = product.count.node.hint if isinstance(product.count, torch.SymInt) else product.count
-    # Of a symbolic size the one at hand decides: others are computed as exactly, if perhaps not as fast.
-    return isinstance(rows, int) and onednn_wins(rows, product.fan_in, product.width, torch.get_num_threads())
-
-
 @cache
-def onednn_wins(rows: int, fan_in: int, fan_out: int, threads: int) -> bool:
-    """Whether oneDNN multiplies float32 ``[rows, fan_in]`` with a weight ``[fan_out, fan_in]`` faster than PyTorch."""
-    del threads  # a part of the key only
-    return wins(torch.ops.fxfuse.linear, torch.nn.functional.linear, rows, fan_in, fan_out)
+def onednn_wins(size: Size) -> bool:
+    """Whether oneDNN is faster than PyTorch."""
+    return onednn.computes(size.dtype) and wins(torch.ops.fxfuse.linear, torch.nn.functional.linear, size)

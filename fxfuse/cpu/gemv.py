@@ -3,10 +3,9 @@
 A product of one row and a matrix reads each weight once and does next to nothing with it. On processors of other makers
 than its own, the GEMM library that PyTorch calls reaches a third of the memory's bandwidth in float32; the loop that
 inductor writes for ``sum(weight * row)`` comes close to all of it, and takes norm, activation and residual add along.
-Elsewhere the library is the faster one, so it is measured, once for each size. Lower dtypes have a kernel of their own
-in PyTorch, and are left alone.
+Elsewhere the library is the faster one, so it is measured, once for each size.
 
-Exact: a sum of the same products, in another order.
+Exact: a sum of the same products, formed in float32, in another order.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from torch import fx, ops
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxfuse.cpu.products import products
-from fxfuse.cpu.race import Linear, wins
+from fxfuse.cpu.products import DTYPES, Product, products
+from fxfuse.cpu.race import Linear, Size, wins
 from fxfuse.graph.ops import op
 from fxfuse.graph.values import value
 
@@ -30,12 +29,9 @@ MAX_ROWS = 4
 LEAST = 1 << 16
 """Weights of fewer elements are in a cache, and left alone."""
 
-Size = tuple[int, int, int, int]
-"""Rows, fan-in, fan-out, threads."""
-
 
 def few_rows_as_loops(graph: fx.Graph) -> int:
-    """Rewrite the float32 products on a CPU for which `measure` found loops to be faster; returns how many.
+    """Rewrite the products on a CPU for which `measure` found loops to be faster; returns how many.
 
     Args:
         graph: aten ops with fake tensors in ``node.meta["val"]``, as inductor has it after autograd.
@@ -43,14 +39,11 @@ def few_rows_as_loops(graph: fx.Graph) -> int:
     few = [
         (product, product.count)
         for product in products(graph)
-        if isinstance(product.count, int)
-        and _FASTER.get((product.count, product.fan_in, product.width, torch.get_num_threads()), False)
+        if isinstance(product.count, int) and (size := product.size()) is not None and _FASTER.get(size, False)
     ]
     for product, count in few:
         with graph.inserting_before(product.node):
-            made = _loops(graph, product.rows, product.weight(), count)
-            if product.bias is not None:
-                made = graph.call_function(ops.aten.add.Tensor, (made, product.bias))
+            made = _loops(graph, product, count)
         product.replace(made)
     return len(few)
 
@@ -65,52 +58,60 @@ def measure(gm: fx.GraphModule) -> None:
     """
     for size in dict.fromkeys(map(_size_of, gm.graph.nodes)):
         if size is not None and size not in _FASTER:
-            _FASTER[size] = loops_win(*size)
+            _FASTER[size] = loops_win(size)
 
 
 def _size_of(node: fx.Node) -> Size | None:
     found = op(node)
     given = [value(each) if each is not None else None for each in (found.node("input"), found.node("weight"))] \
         if found is not None and found.name == "linear" else []  # fmt: skip
-    if not given or any(each is None or each.device.type != "cpu" or each.dtype != torch.float32 for each in given):
+    if not given or any(each is None or each.device.type != "cpu" or each.dtype not in DTYPES for each in given):
         return None
     x, weight = given
     assert x is not None and weight is not None
     sizes = (*x.shape, *weight.shape)
-    if not all(isinstance(size, int) for size in sizes) or weight.numel() < LEAST:
+    if not all(isinstance(size, int) for size in sizes) or weight.numel() < LEAST or x.dtype != weight.dtype:
         return None
     rows = x.numel() // max(1, x.shape[-1])
-    return (rows, weight.shape[1], weight.shape[0], torch.get_num_threads()) if 0 < rows <= MAX_ROWS else None
+    return Size.of(rows, weight.shape[1], weight.shape[0], x.dtype) if 0 < rows <= MAX_ROWS else None
 
 
 @cache
-def loops_win(rows: int, fan_in: int, fan_out: int, threads: int) -> bool:
-    """Whether loops multiply float32 ``[rows, fan_in]`` with a weight ``[fan_out, fan_in]`` faster than PyTorch."""
-    del threads  # a part of the key only
-    return wins(compiled_loops(rows, fan_in, fan_out), torch.nn.functional.linear, rows, fan_in, fan_out)
+def loops_win(size: Size) -> bool:
+    """Whether loops are faster than PyTorch."""
+    return wins(compiled_loops(size), torch.nn.functional.linear, size)
 
 
-def compiled_loops(rows: int, fan_in: int, fan_out: int) -> Linear:
-    """``x @ weight.T`` for ``[rows, fan_in]`` and ``[fan_out, fan_in]`` as inductor writes it for loops."""
+@cache
+def compiled_loops(size: Size) -> Linear:
+    """``x @ weight.T`` as inductor writes it for loops."""
     from torch._inductor.compile_fx import compile_fx
 
     with torch.no_grad(), _disable_current_modes(), torch._guards.tracing(None):
-        inputs = [torch.empty(rows, fan_in), torch.empty(fan_out, fan_in)]
+        inputs = [torch.empty(count, size.fan_in, dtype=size.dtype) for count in (size.rows, size.fan_out)]
         gm = make_fx(lambda x, weight: torch.mm(x, weight.t()), tracing_mode="fake")(*inputs)
         (product,) = products(gm.graph)
         with gm.graph.inserting_before(product.node):
-            made = _loops(gm.graph, product.rows, product.weight(), rows)
+            made = _loops(gm.graph, product, size.rows)
         product.replace(made)
         gm.recompile()
         return cast("Linear", compile_fx(gm, inputs))
 
 
-def _loops(graph: fx.Graph, rows: fx.Node, weight: fx.Node, count: int) -> fx.Node:
-    """``rows @ weight.T`` as a sum for each row: inductor computes the sums of all rows in one loop over the weight."""
+def _loops(graph: fx.Graph, product: Product, count: int) -> fx.Node:
+    """``product`` as a sum for each row: inductor computes the sums of all rows in one loop over the weight."""
+    rows, weight = (_as(graph, node, torch.float32, product.dtype) for node in (product.rows, product.weight()))
     parts = []
     for index in range(count):
         row = graph.call_function(ops.aten.select.int, (rows, 0, index))
-        product = graph.call_function(ops.aten.mul.Tensor, (weight, row))
-        total = graph.call_function(ops.aten.sum.dim_IntList, (product, [1]))
+        terms = graph.call_function(ops.aten.mul.Tensor, (weight, row))
+        total = graph.call_function(ops.aten.sum.dim_IntList, (terms, [1]))
         parts.append(graph.call_function(ops.aten.unsqueeze.default, (total, 0)))
-    return parts[0] if len(parts) == 1 else graph.call_function(ops.aten.cat.default, (parts,))
+    made = parts[0] if len(parts) == 1 else graph.call_function(ops.aten.cat.default, (parts,))
+    if product.bias is not None:  # before the sum is rounded to a lower dtype
+        made = graph.call_function(ops.aten.add.Tensor, (made, product.bias))
+    return _as(graph, made, product.dtype, torch.float32)
+
+
+def _as(graph: fx.Graph, node: fx.Node, wanted: torch.dtype, has: torch.dtype) -> fx.Node:
+    return node if wanted == has else graph.call_function(ops.prims.convert_element_type.default, (node, wanted))

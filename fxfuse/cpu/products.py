@@ -1,4 +1,4 @@
-"""The products of rows and weights in a graph of aten ops that a CPU computes in float32."""
+"""The products of rows and weights in a graph of aten ops that a CPU computes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, ops
+
+from fxfuse.cpu.race import Size, hint
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes whose products are looked at."""
 
 _TARGETS = (ops.aten.mm.default, ops.aten.addmm.default)
 
@@ -27,6 +32,12 @@ class Product:
     count: int | torch.SymInt
     width: int
     fan_in: int
+    dtype: torch.dtype
+
+    def size(self) -> Size | None:
+        """Of a symbolic count the one at hand decides: others are computed as exactly, if perhaps not as fast."""
+        rows = hint(self.count)
+        return Size.of(rows, self.fan_in, self.width, self.dtype) if rows else None
 
     def weight(self) -> fx.Node:
         """The weight ``[out, in]`` itself, written at the insertion point: a view."""
@@ -50,6 +61,6 @@ def products(graph: fx.Graph) -> Iterator[Product]:
         sizes = (*right.shape, right.stride(0))
         if not all(isinstance(size, int) for size in sizes) or right.stride(0) != 1:
             continue
-        if left.dtype == right.dtype == torch.float32:
+        if left.dtype == right.dtype and left.dtype in DTYPES:
             added = bias[0] if bias and isinstance(bias[0], fx.Node) else None
-            yield Product(node, rows, turned, added, left.shape[0], right.shape[1], right.shape[0])
+            yield Product(node, rows, turned, added, left.shape[0], right.shape[1], right.shape[0], left.dtype)

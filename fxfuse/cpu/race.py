@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -18,17 +19,45 @@ Linear: TypeAlias = Callable[[Tensor, Tensor], object]
 MARGIN = 0.95
 """The challenger must take less than this share of the time: what is not inductor's own costs it some freedom."""
 
-_BYTES = 1 << 26
+_BYTES, _WEIGHTS = 1 << 26, 64
 _SAMPLES = 5
 
 
-def wins(challenger: Linear, champion: Linear, rows: int, fan_in: int, fan_out: int) -> bool:
-    """Whether ``challenger`` multiplies float32 ``[rows, fan_in]`` with weights ``[fan_out, fan_in]`` faster."""
+@dataclass(frozen=True)
+class Size:
+    """A product of ``[rows, fan_in]`` with a weight ``[fan_out, fan_in]``, on so many threads."""
+
+    rows: int
+    fan_in: int
+    fan_out: int
+    dtype: torch.dtype
+    threads: int
+
+    @classmethod
+    def of(cls, rows: int, fan_in: int, fan_out: int, dtype: torch.dtype) -> Size:
+        """On as many threads as there are now."""
+        return cls(rows, fan_in, fan_out, dtype, torch.get_num_threads())
+
+
+def hint(count: int | torch.SymInt) -> int | None:
+    """How many that is, or was when the graph was traced, if it is symbolic; None if nobody knows."""
+    found = count.node.hint if isinstance(count, torch.SymInt) else count
+    return found if isinstance(found, int) else None
+
+
+def same(weight: Tensor) -> Tensor:
+    return weight
+
+
+def wins(challenger: Linear, champion: Linear, size: Size, prepare: Callable[[Tensor], Tensor] = same) -> bool:
+    """Whether ``challenger`` is faster, over weights that ``prepare`` has prepared for it."""
     with torch.no_grad(), _disable_current_modes():
-        x = torch.randn(rows, fan_in)
-        weights = [torch.randn(fan_out, fan_in) for _ in range(max(1, min(64, _BYTES // (4 * fan_in * fan_out))))]
-        seconds(challenger, x, weights), seconds(champion, x, weights)
-        samples = [(seconds(challenger, x, weights), seconds(champion, x, weights)) for _ in range(_SAMPLES)]
+        x = torch.randn(size.rows, size.fan_in).to(size.dtype)
+        one = torch.randn(size.fan_out, size.fan_in).to(size.dtype)
+        weights = [one.clone() for _ in range(max(1, min(_WEIGHTS, _BYTES // (one.element_size() * one.numel()))))]
+        prepared = list(map(prepare, weights))
+        seconds(challenger, x, prepared), seconds(champion, x, weights)
+        samples = [(seconds(challenger, x, prepared), seconds(champion, x, weights)) for _ in range(_SAMPLES)]
     return min(one for one, _ in samples) < MARGIN * min(other for _, other in samples)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fxfuse.errors import CaptureError, OptionError
+from fxfuse.graph.ops import is_impure
+from fxfuse.graph.values import value
 
 _KEYS = ("example_value", "val", "tensor_meta")
 
@@ -44,3 +46,25 @@ def record_sizes(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
         first = reason[0] if reason else type(error).__name__
         raise CaptureError(f"inputs: the graph does not run on values of their sizes: {first}") from error
     return True
+
+
+def fill_in(gm: fx.GraphModule) -> None:
+    """Let the nodes that passes wrote know their sizes, from those of what they read, as far as that is known."""
+    known = map(value, gm.graph.nodes)
+    mode = next((found.fake_mode for found in known if isinstance(found, FakeTensor)), None)
+    if mode is None:
+        return
+    with mode, torch.no_grad():
+        for node in gm.graph.nodes:
+            sources = node.all_input_nodes
+            computed = node.op in ("call_function", "call_method") and value(node) is None
+            if not computed or is_impure(node) or not sources or any(value(source) is None for source in sources):
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            made = (
+                node.target(*args, **kwargs)
+                if node.op == "call_function"
+                else getattr(args[0], node.target)(*args[1:], **kwargs)
+            )
+            if isinstance(made, torch.Tensor):
+                node.meta["example_value"] = made

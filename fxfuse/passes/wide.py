@@ -44,7 +44,7 @@ def emit_wide(graph: fx.Graph, branches: Sequence[Branch], stream: fx.Node, kern
         return _contribution(graph, node, branches, common, shape(source), stream)
     source = _shared_input(graph, ffns[0].normed, ffns[0].projections[0])
     wide = graph.call_function(F.linear, (source, weight, bias))
-    hidden = _middle(graph, ffns[0], _slices(graph, wide, [width] * len(columns)), _constants(graph, ffns, names))
+    hidden = _middle(graph, ffns[0], slices(graph, wide, [width] * len(columns)), _constants(graph, ffns, names))
     node = graph.call_function(F.linear, (hidden, down, down_bias))
     return _contribution(graph, node, branches, common, shape(ffns[0].normed.bare), stream)
 
@@ -96,7 +96,7 @@ def emit_batched(graph: fx.Graph, branches: Sequence[Branch], stream: fx.Node) -
     shaped = (count, *[1] * (len(shape(ffns[0].projections[0].input) or ()) - 1), -1)
     if bias is not None:
         batched = graph.call_function(torch.add, (batched, graph.call_method("view", (bias, shaped))))
-    outputs = dict(zip(order, _slices(graph, batched, [slot.width for slot in own[0]]), strict=True))
+    outputs = dict(zip(order, slices(graph, batched, [slot.width for slot in own[0]]), strict=True))
     constants = [graph.call_method("view", (each, shaped)) for each in _constants(graph, ffns, names)]
     hidden = _middle(graph, ffns[0], [outputs[index] for index in range(len(order))], constants)
     common, factors = _scales(branches)
@@ -129,7 +129,7 @@ def emit_projections(
     source = first.projections[0].input
     source = _shared_input(graph, first.normed, first.projections[0]) if folded else source
     made = graph.call_function(F.linear, (source, weight, bias))
-    parts = _slices(graph, made, [projection.width for projection in projections])
+    parts = slices(graph, made, [projection.width for projection in projections])
     return [
         part if _keeps_leading(half, projection, folded) else graph.call_method("flatten", (part, 0, -2))
         for part, (half, projection) in zip(parts, _each(halves), strict=True)
@@ -236,7 +236,7 @@ def _scales(branches: Sequence[Branch]) -> tuple[Scale, list[float]]:
     return Scale(1.0, scales[0].nodes), [scale.number for scale in scales]
 
 
-def _slices(graph: fx.Graph, node: fx.Node, widths: Sequence[int]) -> list[fx.Node]:
+def slices(graph: fx.Graph, node: fx.Node, widths: Sequence[int]) -> list[fx.Node]:
     """``node`` cut along its last dimension."""
     if len(widths) == 1:
         return [node]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxfuse import cpu
 from fxfuse.capture import capture
 from fxfuse.cpu import PASS, gemm, gemv, race, with_linear_maps
-from fxfuse.cpu.gemm import many_rows_by_onednn, onednn_wins
+from fxfuse.cpu.gemm import by_onednn, onednn_wins
 from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, few_rows_as_loops, loops_win, measure
+from fxfuse.cpu.race import Size
 
 WEIGHT, BIAS = torch.linspace(-1, 1, 24 * 16).view(24, 16).sin(), torch.linspace(-1, 1, 24)
-FASTER = Callable[[int, int, int, int], bool]
 
 
 EMPTY = fx.GraphModule({}, fx.Graph())
@@ -48,14 +49,14 @@ def has_gemm(gm: fx.GraphModule) -> bool:
 @pytest.fixture
 def onednn_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Says whether oneDNN is the faster one, so that it is not up to this machine."""
-    return lambda faster: monkeypatch.setattr(gemm, "onednn_wins", lambda *sizes: faster)
+    return lambda faster: monkeypatch.setattr(gemm, "onednn_wins", lambda size: faster)
 
 
-class Always(dict[tuple[int, ...], bool]):
+class Always(dict[Size, bool]):
     """What was measured, as if loops had won for every size of few rows."""
 
-    def get(self, size: tuple[int, ...], default: object = None) -> bool:  # type: ignore[override]
-        return size[0] <= MAX_ROWS
+    def get(self, size: Size, default: object = None) -> bool:  # type: ignore[override]
+        return size.rows <= MAX_ROWS
 
 
 @pytest.fixture
@@ -84,9 +85,9 @@ def test_more_rows_go_to_onednn_where_it_is_faster(biased: bool, onednn_is: Call
     gm = traced(function, *args)
 
     onednn_is(False)
-    assert many_rows_by_onednn(gm.graph) == 0
+    assert by_onednn(gm.graph) == 0
     onednn_is(True)
-    assert many_rows_by_onednn(gm.graph) == 1
+    assert by_onednn(gm.graph) == 1
     gm.graph.lint()
     gm.recompile()
     assert not has_gemm(gm)
@@ -96,8 +97,6 @@ def test_more_rows_go_to_onednn_where_it_is_faster(biased: bool, onednn_is: Call
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
-        (rows(1).bfloat16(), WEIGHT.bfloat16()),  # PyTorch has kernels for it
-        (rows(9).bfloat16(), WEIGHT.bfloat16()),
         (rows(1).double(), WEIGHT.double()),
         (rows(9).double(), WEIGHT.double()),
         (rows(1), WEIGHT.view(16, 24).t()),  # the rows of the weight are not in one piece
@@ -110,7 +109,7 @@ def test_others_stay(x: Tensor, weight: Tensor, onednn_is: Callable[[bool], None
     gm = traced(unbiased, x, weight)
 
     assert few_rows_as_loops(gm.graph) == 0
-    assert many_rows_by_onednn(gm.graph) == 0
+    assert by_onednn(gm.graph) == 0
     assert has_gemm(gm)
 
 
@@ -123,36 +122,51 @@ def test_what_was_not_measured_is_no_loop() -> None:
     assert few_rows_as_loops(traced(unbiased, rows(1, 2), WEIGHT).graph) == 0
 
 
+@pytest.mark.usefixtures("loops_are_faster")
+def test_loops_round_lower_dtypes_once() -> None:
+    x, weight, bias = (each.bfloat16() for each in (rows(1, 2), WEIGHT, BIAS))
+    gm = traced(mapped, x, weight, bias)
+
+    assert few_rows_as_loops(gm.graph) == 1
+    gm.recompile()
+    exact = F.linear(x.float(), weight.float(), bias.float())
+    torch.testing.assert_close(gm(x, weight, bias), exact.bfloat16(), rtol=0, atol=0)
+
+
+SIZE = Size.of(2, 16, 24, torch.float32)
+
+
 @pytest.mark.parametrize("win", [onednn_wins, loops_win])
 def test_what_is_faster_is_measured_once(win: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     win.cache_clear()
-    sizes = (2, 16, 24, torch.get_num_threads())
-    found = win(*sizes)
+    found = win(SIZE)
 
     monkeypatch.setattr(race, "seconds", None)
-    assert win(*sizes) is found
+    assert win(SIZE) is found
     with pytest.raises(TypeError):
-        win(3, *sizes[1:])
+        win(replace(SIZE, rows=3))
 
 
 @pytest.mark.parametrize(("time", "wins"), [(0.5, True), (race.MARGIN + 0.01, False), (2.0, False)])
 def test_the_faster_one_is_taken(time: float, wins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race, "seconds", lambda linear, *_: 1.0 if linear is F.linear else time)
 
-    assert race.wins(torch.mm, F.linear, 7, 16, 24) is wins
+    assert race.wins(torch.mm, F.linear, SIZE) is wins
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, MAX_ROWS])
-def test_the_sample_is_the_product(count: int) -> None:
-    made = compiled_loops(count, 16, 24)(rows(count), WEIGHT)
+def test_the_sample_is_the_product(count: int, dtype: torch.dtype) -> None:
+    x, weight = rows(count).to(dtype), WEIGHT.to(dtype)
+    made = compiled_loops(Size.of(count, 16, 24, dtype))(x, weight)
 
-    torch.testing.assert_close(made, F.linear(rows(count), WEIGHT))
+    torch.testing.assert_close(made, F.linear(x.float(), weight.float()).to(dtype))
 
 
 def test_linear_maps_of_few_rows_are_measured_before_they_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, ...]] = []
+    asked: list[Size] = []
     monkeypatch.setattr(gemv, "_FASTER", {})
-    monkeypatch.setattr(gemv, "loops_win", lambda *size: asked.append(size) or True)
+    monkeypatch.setattr(gemv, "loops_win", lambda size: asked.append(size) or True)
     side = int(LEAST**0.5)
     model = nn.Sequential(nn.Linear(side, side), nn.Linear(side, side), nn.Linear(side, 2 * side), nn.Linear(2, 2))
 
@@ -160,8 +174,7 @@ def test_linear_maps_of_few_rows_are_measured_before_they_are_compiled(monkeypat
         (captured,) = capture(model[:3], torch.zeros(1, count, side))
         measure(captured.gm)
 
-    threads = torch.get_num_threads()
-    assert asked == [(count, side, width, threads) for count in (1, 3) for width in (side, 2 * side)]
+    assert asked == [Size.of(count, side, width, torch.float32) for count in (1, 3) for width in (side, 2 * side)]
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])

@@ -1,0 +1,166 @@
+"""Linear maps on a CPU over prepacked weights, those of one input as one: the option ``prepack`` of the backend.
+
+oneDNN reads weights fastest in a layout of its own. Such a copy is one more packed weight (`fxfuse.passes.pack`): made
+once, true to the weights it was made from, and shared by all graphs that want it. Linear maps that read one value (q, k
+and v; gate and up) become one over the rows of all: fewer calls, each closer to the memory's bandwidth.
+
+Exact: the same sums of products, formed in float32. Each is done only where it is measured to be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, fx
+
+from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, loops_win
+from fxfuse.cpu.race import Size, hint, wins
+from fxfuse.graph.constant import weight_only
+from fxfuse.graph.ops import op
+from fxfuse.graph.order import hazards, overwritten, regions, sort
+from fxfuse.graph.projection import Projection, projection
+from fxfuse.graph.values import parameters, value
+from fxfuse.kernels import onednn
+from fxfuse.passes import pack
+from fxfuse.passes.base import Edit, PassReport, erase_dead, transaction
+from fxfuse.passes.sizes import fill_in
+from fxfuse.passes.wide import slices
+
+_LINEAR_MAPS = ("linear", "matmul", "addmm")
+
+
+def prepack(gm: fx.GraphModule) -> PassReport:
+    """Let the linear maps of ``gm`` read prepacked weights, where that is faster on this machine.
+
+    Args:
+        gm: a graph of Dynamo, with its weights as inputs, that computes no gradients; it takes a copy of each weight.
+
+    Returns:
+        the linear maps by their weights, and what their copies take.
+    """
+    report = PassReport("prepack")
+    with transaction(gm):
+        fill_in(gm)
+        names = parameters(gm)
+        order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        hazard, region, rewritten = hazards(gm.graph), regions(gm.graph), overwritten(gm.graph)
+        groups: dict[Hashable, list[_Map]] = {}
+        for found in _linear_maps(gm.graph, weight_only(gm, names)):
+            alone = found.node if found.source in rewritten else None
+            key = (found.source, found.size.dtype, region[found.node], alone)
+            groups.setdefault(key, []).append(found)
+        for group in groups.values():
+            size = _joint(group)
+            if not prepacked_wins(size):
+                continue
+            first = min((each.node for each in group), key=order.__getitem__)
+            _write(gm.graph, first, group)
+            members = tuple(names.get(each.map.weight, each.map.weight.name) for each in group)
+            weight = f"{size.fan_out} x {size.fan_in}, {size.fan_out * size.fan_in * size.dtype.itemsize / 1e6:.1f} MB"
+            report.done.append(Edit(members, "prepacked", weight))
+        sort(gm.graph, hazard, region)
+    return report
+
+
+@cache
+def prepacked_wins(size: Size) -> bool:
+    """Whether oneDNN over a prepacked weight is faster than PyTorch, and than loops where those are."""
+    if not onednn.computes(size.dtype):
+        return False
+    few = size.rows <= MAX_ROWS and loops_win(size)
+    champion = compiled_loops(size) if few else torch.nn.functional.linear
+    return wins(torch.ops.fxfuse.prepacked_linear, champion, size, onednn.prepack)
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A linear map: the op, what it reads, which rows of which weight it is made of, and its size."""
+
+    node: fx.Node
+    source: fx.Node
+    map: Projection
+    size: Size
+
+
+def _linear_maps(graph: fx.Graph, weights: Container[fx.Node]) -> list[_Map]:
+    """Those of large weights that are inputs of the graph, or packed from such, in one dtype, on a CPU."""
+    made: list[_Map] = []
+    for node in graph.nodes:
+        found = op(node)
+        if found is None or found.name not in _LINEAR_MAPS:
+            continue
+        source, own, result = _source(node), projection(node, weights), value(node)
+        if source is None or own is None or result is None or result.dim() < 2:
+            continue
+        if not all(each is None or _from_inputs(each) for each in (own.weight, own.bias)):
+            continue
+        if not all(_fits(value(each), result) for each in (source, own.weight)):
+            continue
+        rows = hint(result.numel() // own.width)
+        if rows and own.fan_in * own.width >= LEAST:
+            made.append(_Map(node, source, own, Size.of(rows, own.fan_in, own.width, result.dtype)))
+    return made
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """What the linear map ``node`` reads."""
+    found = op(node)
+    return found.node("input") if found is not None else None
+
+
+def _fits(given: Tensor | None, result: Tensor) -> bool:
+    """Whether a linear map reads ``given`` in the dtype of its result, on a CPU; under autocast it does not."""
+    return given is not None and given.device.type == "cpu" and given.dtype == result.dtype
+
+
+def _from_inputs(weight: fx.Node) -> bool:
+    """Whether ``weight`` can be computed once for all calls: it is made of inputs of the graph alone."""
+    stack = [weight]
+    while stack:
+        node = stack.pop()
+        if node.op not in ("placeholder", "call_function", "call_method"):
+            return False
+        stack += node.all_input_nodes
+    return True
+
+
+def _joint(group: Sequence[_Map]) -> Size:
+    size = group[0].size
+    return Size.of(size.rows, size.fan_in, sum(each.size.fan_out for each in group), size.dtype)
+
+
+def _write(graph: fx.Graph, first: fx.Node, group: Sequence[_Map]) -> None:
+    """The maps of the group as one, in the place of the ``first``."""
+    what = " + ".join(each.map.weight.name for each in group)
+    inner = [each for own in group for each in (own.map.weight, own.map.bias) if each is not None]
+    with graph.inserting_before(first):
+        rows = [pack.weight_of(graph, each.map) for each in group]
+        whole = rows[0] if len(rows) == 1 else graph.call_function(torch.cat, (rows, 0))
+        weight = graph.call_function(onednn.prepack, (whole,))
+        weight.meta[pack.PACK] = f"prepacked {what}"
+        biases = [pack.bias_of(graph, each.map) for each in group]
+        bias = biases[0] if len(biases) == 1 else _bias(graph, group, biases, what)
+        operands = (_source(group[0].node), weight, bias)  # what was read at first may have been replaced by now
+        made = graph.call_function(torch.ops.fxfuse.prepacked_linear.default, operands)
+        parts = slices(graph, made, [each.map.width for each in group])
+        if len(parts) > 1:  # who reads them may count on dense rows, as those of a linear map are
+            parts = [graph.call_method("contiguous", (part,)) for part in parts]
+    for each, part in zip(group, parts, strict=True):
+        part.meta.update(each.node.meta)
+        each.node.replace_all_uses_with(part)
+        erase_dead(graph, [each.node])
+    for node in inner:  # what is packed from packed weights is made from theirs at once
+        if len(node.users) == 1 and pack.PACK in node.meta:
+            del node.meta[pack.PACK]
+
+
+def _bias(graph: fx.Graph, group: Sequence[_Map], biases: Sequence[fx.Node | None], what: str) -> fx.Node | None:
+    if all(bias is None for bias in biases):
+        return None
+    filled = [
+        pack.zeros_for(graph, each.map) if bias is None else bias for each, bias in zip(group, biases, strict=True)
+    ]
+    return pack.cat(graph, filled, 0, f"bias of {what}")

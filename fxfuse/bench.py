@@ -118,15 +118,23 @@ class Comparison:
 
 
 def compare(
-    phase: str, case: Loaded, plan: Plan | None, repeats: int, inner: str = "inductor", min_seconds: float = 0.05
+    phase: str,
+    case: Loaded,
+    plan: Plan | None,
+    repeats: int,
+    inner: str = "inductor",
+    min_seconds: float = 0.05,
+    prepack: bool = False,
 ) -> Comparison:
     """Compile the model of ``case`` with ``inner``, twice, and with ffnfuse under ``plan``; time its example call.
+
+    ``prepack`` is the option of the backend.
 
     Raises:
         FxfuseError: whatever ffnfuse has to say about the plan.
     """
     torch._dynamo.reset()
-    options = {"inner": inner} if plan is None else {"inner": inner, "plan": plan}
+    options = {"inner": inner, "prepack": prepack} | ({} if plan is None else {"plan": plan})
     compiled = {
         ORIGINAL: torch.compile(case.model, backend=inner, dynamic=False),
         AGAIN: torch.compile(case.model, backend=_another(inner), dynamic=False),

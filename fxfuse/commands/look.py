@@ -73,6 +73,9 @@ def bench(
     inner: Annotated[
         str, typer.Option(help="the backend that compiles the original and the planned graph")
     ] = "inductor",
+    prepack: Annotated[
+        bool, typer.Option("--prepack", help="on a CPU: prepack the planned model's weights where that is faster")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Time a model under torch.compile, as it is and as a plan leaves it.
@@ -87,6 +90,7 @@ def bench(
     [bold]Examples[/bold]
       fxfuse bench smollm2 --plan plan.json --length 128
       fxfuse bench ./my-llama --plan plan.json --batch 4 --dtype bfloat16
+      fxfuse bench smollm2 --dtype bfloat16 --length 32 --prepack
       fxfuse bench my_project.models:tiny --repeats 51 --json
     """
     from fxfuse import bench as timing
@@ -95,7 +99,9 @@ def bench(
     loaded = load(model, dtype, None, length, batch)
     phases = {"prefill": loaded, "decode": loaded.with_tokens(length=1)} if loaded.reads_tokens else {"call": loaded}
     machine = timing.Machine.here()
-    comparisons = [timing.compare(phase, case, chosen, repeats, compiler) for phase, case in phases.items()]
+    comparisons = [
+        timing.compare(phase, case, chosen, repeats, compiler, prepack=prepack) for phase, case in phases.items()
+    ]
     if json:
         typer.echo(timing.to_json(machine, comparisons))
     else:

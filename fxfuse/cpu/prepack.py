@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, loops_win
-from fxfuse.cpu.race import Size, hint, wins
+from fxfuse.cpu.race import Linear, Size, hint, wins
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ops import op
 from fxfuse.graph.order import hazards, overwritten, regions, sort
@@ -68,10 +68,12 @@ def prepack(gm: fx.GraphModule) -> PassReport:
 @cache
 def prepacked_wins(size: Size) -> bool:
     """Whether oneDNN over a prepacked weight is faster than PyTorch, and than loops where those are."""
-    if not onednn.computes(size.dtype):
+    if not onednn.computes(size.dtype) or not _beats(torch.nn.functional.linear, size):
         return False
-    few = size.rows <= MAX_ROWS and loops_win(size)
-    champion = compiled_loops(size) if few else torch.nn.functional.linear
+    return size.rows > MAX_ROWS or not loops_win(size) or _beats(compiled_loops(size), size)
+
+
+def _beats(champion: Linear, size: Size) -> bool:
     return wins(torch.ops.fxfuse.prepacked_linear, champion, size, onednn.prepack)
 
 

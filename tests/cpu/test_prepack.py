@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import weights
 from fxfuse.cpu import prepack as module
+from fxfuse.cpu import race
+from fxfuse.cpu.gemv import loops_win
 from fxfuse.cpu.race import Size
 from fxfuse.kernels import onednn
 from fxfuse.passes.pack import PACK
@@ -282,3 +284,34 @@ def test_the_op(bias: Tensor | None, dtype: torch.dtype) -> None:
 def test_the_option_is_checked() -> None:
     with pytest.raises(Exception, match="'prepack' is True or False"):
         compiled(nn.Linear(2, 2), prepack="yes")(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({"prepacked": 0.5, "loops": 1.0}, True),
+        ({"prepacked": 0.5, "loops": 0.4}, False),
+        ({"prepacked": 0.5, "loops": 0.7}, True),
+        ({"prepacked": 1.0, "loops": 2.0}, False),
+    ],
+)
+def test_the_fastest_way_wins(times: dict[str, float], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In units of the time that PyTorch takes."""
+    size = Size.of(1, 16, 24, torch.float32)
+
+    def seconds(linear: object, *_: object) -> float:
+        return {torch.ops.fxfuse.prepacked_linear: times["prepacked"], F.linear: 1.0}.get(linear, times["loops"])
+
+    monkeypatch.setattr(race, "seconds", seconds)
+    loops_win.cache_clear()
+    assert MEASURED.__wrapped__(size) is expected
+    loops_win.cache_clear()
+
+
+def test_weights_in_the_cache_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST", 16 * 16 + 1)
+    run = compiled(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 24)))
+    with torch.no_grad():
+        run(rows())
+
+    assert [tuple(pack.tensor.shape) for pack in prepacked()] == [(24, 16)]

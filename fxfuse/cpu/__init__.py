@@ -1,8 +1,8 @@
 """How linear maps are computed on CPUs, without gradients: what inductor is told beyond its own rules.
 
 The backend gives inductor one pass over the graph that it makes of ours (aten ops, all sizes known). Products of few
-rows become loops (`gemv`), others go to oneDNN (`gemm`), each where it is faster on this machine (`race`). Both are
-exact, keep no copy of any weight, and so are always true to it. Who can spend a copy of the weights gets more from
+rows become loops (`gemv`), others go to another GEMM (`gemm`), each where it is faster on this machine (`race`). Both
+are exact, keep no copy of any weight, and so are always true to it. Who can spend a copy of the weights gets more from
 oneDNN: `prepack` goes over the graph before that.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from fxfuse.cpu.gemm import by_onednn
+from fxfuse.cpu.gemm import other_gemms
 from fxfuse.cpu.gemv import few_rows_as_loops, measure
 
 PASS = "post_grad_custom_pre_pass"
@@ -27,7 +27,7 @@ class LinearMaps(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         few_rows_as_loops(graph)
-        by_onednn(graph)
+        other_gemms(graph)
 
     def uuid(self) -> object:
         """What inductor's caches tell its results by."""

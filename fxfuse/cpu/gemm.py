@@ -1,36 +1,70 @@
-"""Linear maps on a CPU: by PyTorch's GEMM or by oneDNN's, over the weight as it lies in memory.
+"""Linear maps on a CPU: by PyTorch's GEMM, by oneDNN's over the weight as it lies in memory, or in float32.
+
+A processor without instructions for a lower dtype, or with slow ones, computes more products a second in float32, which
+is worth converting the weight at each call if there are many rows.
 
 Exact: the same sums of products, formed in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import fx
+from torch import Tensor, fx, ops
 
-from fxfuse.cpu.products import products
-from fxfuse.cpu.race import Size, wins
+from fxfuse.cpu.products import Product, as_dtype, products
+from fxfuse.cpu.race import Linear, Size, fastest
 from fxfuse.kernels import onednn
 
 
-def by_onednn(graph: fx.Graph) -> int:
-    """Rewrite the products of ``graph`` that oneDNN computes faster on this machine; returns how many.
+def other_gemms(graph: fx.Graph) -> int:
+    """Rewrite the products of ``graph`` that PyTorch's GEMM is not the fastest for on this machine; returns how many.
 
     Args:
         graph: aten ops with fake tensors in ``node.meta["val"]``, as inductor has it after autograd.
     """
-    found = [product for product in products(graph) if (size := product.size()) is not None and onednn_wins(size)]
-    for product in found:
+    found = [
+        (product, _WRITTEN[way])
+        for product in products(graph)
+        if (size := product.size()) is not None and (way := gemm(size)) in _WRITTEN
+    ]
+    for product, write in found:
         with graph.inserting_before(product.node):
-            operands = (product.rows, product.weight(), product.bias)
-            made = graph.call_function(torch.ops.fxfuse.linear.default, operands)
+            made = write(graph, product)
         product.replace(made)
     return len(found)
 
 
 @cache
-def onednn_wins(size: Size) -> bool:
-    """Whether oneDNN is faster than PyTorch."""
-    return onednn.computes(size.dtype) and wins(torch.ops.fxfuse.linear, torch.nn.functional.linear, size)
+def gemm(size: Size) -> Linear:
+    """The fastest one: `torch.nn.functional.linear`, ``torch.ops.fxfuse.linear`` or `in_float32`."""
+    challengers: list[Linear] = []
+    if onednn.computes(size.dtype):
+        challengers.append(torch.ops.fxfuse.linear)
+    if size.dtype != torch.float32:
+        challengers.append(in_float32)
+    return fastest(torch.nn.functional.linear, challengers, size)
+
+
+def in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``, computed in float32 and rounded once."""
+    return torch.nn.functional.linear(x.float(), weight.float()).to(x.dtype)
+
+
+def _by_onednn(graph: fx.Graph, product: Product) -> fx.Node:
+    return graph.call_function(ops.fxfuse.linear.default, (product.rows, product.weight(), product.bias))
+
+
+def _in_float32(graph: fx.Graph, product: Product) -> fx.Node:
+    operands = (product.rows, product.turned, *((product.bias,) if product.bias is not None else ()))
+    rows, turned, *bias = (as_dtype(graph, each, torch.float32) for each in operands)
+    target = ops.aten.addmm.default if bias else ops.aten.mm.default
+    return as_dtype(graph, graph.call_function(target, (*bias, rows, turned)), product.dtype)
+
+
+_WRITTEN: dict[Linear, Callable[[fx.Graph, Product], fx.Node]] = {
+    torch.ops.fxfuse.linear: _by_onednn,
+    in_float32: _in_float32,
+}

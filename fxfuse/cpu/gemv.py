@@ -18,7 +18,7 @@ from torch import fx, ops
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxfuse.cpu.products import DTYPES, Product, products
+from fxfuse.cpu.products import DTYPES, Product, as_dtype, products
 from fxfuse.cpu.race import Linear, Size, wins
 from fxfuse.graph.ops import op
 from fxfuse.graph.values import value
@@ -100,7 +100,9 @@ def compiled_loops(size: Size) -> Linear:
 
 def _loops(graph: fx.Graph, product: Product, count: int) -> fx.Node:
     """``product`` as a sum for each row: inductor computes the sums of all rows in one loop over the weight."""
-    rows, weight = (_as(graph, node, torch.float32, product.dtype) for node in (product.rows, product.weight()))
+    rows, weight = product.rows, product.weight()
+    if product.dtype != torch.float32:
+        rows, weight = (as_dtype(graph, node, torch.float32) for node in (rows, weight))
     parts = []
     for index in range(count):
         row = graph.call_function(ops.aten.select.int, (rows, 0, index))
@@ -110,8 +112,4 @@ def _loops(graph: fx.Graph, product: Product, count: int) -> fx.Node:
     made = parts[0] if len(parts) == 1 else graph.call_function(ops.aten.cat.default, (parts,))
     if product.bias is not None:  # before the sum is rounded to a lower dtype
         made = graph.call_function(ops.aten.add.Tensor, (made, product.bias))
-    return _as(graph, made, product.dtype, torch.float32)
-
-
-def _as(graph: fx.Graph, node: fx.Node, wanted: torch.dtype, has: torch.dtype) -> fx.Node:
-    return node if wanted == has else graph.call_function(ops.prims.convert_element_type.default, (node, wanted))
+    return made if product.dtype == torch.float32 else as_dtype(graph, made, product.dtype)

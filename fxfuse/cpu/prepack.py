@@ -9,6 +9,7 @@ Exact: the same sums of products, formed in float32. Each is done only where it 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor, fx
 
+from fxfuse.cpu.gemm import gemm
 from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, loops_win
 from fxfuse.cpu.race import Linear, Size, hint, wins
 from fxfuse.graph.constant import weight_only
@@ -28,6 +30,8 @@ from fxfuse.passes import pack
 from fxfuse.passes.base import Edit, PassReport, erase_dead, transaction
 from fxfuse.passes.sizes import fill_in
 from fxfuse.passes.wide import slices
+
+log = logging.getLogger(__name__)
 
 _LINEAR_MAPS = ("linear", "matmul", "addmm")
 
@@ -48,6 +52,7 @@ def prepack(gm: fx.GraphModule) -> PassReport:
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
         hazard, region, rewritten = hazards(gm.graph), regions(gm.graph), overwritten(gm.graph)
         groups: dict[Hashable, list[_Map]] = {}
+        taken = 0
         for found in _linear_maps(gm.graph, weight_only(gm, names)):
             alone = found.node if found.source in rewritten else None
             key = (found.source, found.size.dtype, region[found.node], alone)
@@ -61,14 +66,17 @@ def prepack(gm: fx.GraphModule) -> PassReport:
             members = tuple(names.get(each.map.weight, each.map.weight.name) for each in group)
             weight = f"{size.fan_out} x {size.fan_in}, {size.fan_out * size.fan_in * size.dtype.itemsize / 1e6:.1f} MB"
             report.done.append(Edit(members, "prepacked", weight))
+            taken += size.fan_out * size.fan_in * size.dtype.itemsize
         sort(gm.graph, hazard, region)
+    log.info("prepacked weights of this graph take %.1f MB beside the model's own", taken / 1e6)
+    log.debug("%s", report)
     return report
 
 
 @cache
 def prepacked_wins(size: Size) -> bool:
-    """Whether oneDNN over a prepacked weight is faster than PyTorch, and than loops where those are."""
-    if not onednn.computes(size.dtype) or not _beats(torch.nn.functional.linear, size):
+    """Whether oneDNN over a prepacked weight is faster than every way over the weight as it is."""
+    if not onednn.computes(size.dtype) or not _beats(gemm(size), size):
         return False
     return size.rows > MAX_ROWS or not loops_win(size) or _beats(compiled_loops(size), size)
 

@@ -64,3 +64,8 @@ def products(graph: fx.Graph) -> Iterator[Product]:
         if left.dtype == right.dtype and left.dtype in DTYPES:
             added = bias[0] if bias and isinstance(bias[0], fx.Node) else None
             yield Product(node, rows, turned, added, left.shape[0], right.shape[1], right.shape[0], left.dtype)
+
+
+def as_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """``node`` converted, written at the insertion point."""
+    return graph.call_function(ops.prims.convert_element_type.default, (node, dtype))

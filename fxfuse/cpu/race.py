@@ -51,14 +51,25 @@ def same(weight: Tensor) -> Tensor:
 
 def wins(challenger: Linear, champion: Linear, size: Size, prepare: Callable[[Tensor], Tensor] = same) -> bool:
     """Whether ``challenger`` is faster, over weights that ``prepare`` has prepared for it."""
+    return fastest(champion, [challenger], size, prepare) is challenger
+
+
+def fastest(
+    champion: Linear, challengers: Sequence[Linear], size: Size, prepare: Callable[[Tensor], Tensor] = same
+) -> Linear:
+    """The fastest of the ``challengers``, over weights that ``prepare`` has prepared for them, or the ``champion``."""
     with torch.no_grad(), _disable_current_modes():
         x = torch.randn(size.rows, size.fan_in).to(size.dtype)
         one = torch.randn(size.fan_out, size.fan_in).to(size.dtype)
         weights = [one.clone() for _ in range(max(1, min(_WEIGHTS, _BYTES // (one.element_size() * one.numel()))))]
         prepared = list(map(prepare, weights))
-        seconds(challenger, x, prepared), seconds(champion, x, weights)
-        samples = [(seconds(challenger, x, prepared), seconds(champion, x, weights)) for _ in range(_SAMPLES)]
-    return min(one for one, _ in samples) < MARGIN * min(other for _, other in samples)
+        contestants = [(champion, weights), *((challenger, prepared) for challenger in challengers)]
+        for linear, own in contestants:
+            seconds(linear, x, own)
+        samples = [[seconds(linear, x, own) for linear, own in contestants] for _ in range(_SAMPLES)]
+    limit, *times = (min(each) for each in zip(*samples, strict=True))
+    best = min(range(len(times)), key=times.__getitem__, default=None)
+    return champion if best is None or times[best] >= MARGIN * limit else challengers[best]
 
 
 def seconds(linear: Linear, x: Tensor, weights: Sequence[Tensor]) -> float:

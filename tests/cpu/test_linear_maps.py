@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxfuse import cpu
 from fxfuse.capture import capture
 from fxfuse.cpu import PASS, gemm, gemv, race, with_linear_maps
-from fxfuse.cpu.gemm import by_onednn, onednn_wins
+from fxfuse.cpu.gemm import in_float32, other_gemms
 from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, few_rows_as_loops, loops_win, measure
 from fxfuse.cpu.race import Size
 
@@ -49,7 +49,9 @@ def has_gemm(gm: fx.GraphModule) -> bool:
 @pytest.fixture
 def onednn_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Says whether oneDNN is the faster one, so that it is not up to this machine."""
-    return lambda faster: monkeypatch.setattr(gemm, "onednn_wins", lambda size: faster)
+    return lambda faster: monkeypatch.setattr(
+        gemm, "gemm", lambda size: torch.ops.fxfuse.linear if faster else F.linear
+    )
 
 
 class Always(dict[Size, bool]):
@@ -85,9 +87,9 @@ def test_more_rows_go_to_onednn_where_it_is_faster(biased: bool, onednn_is: Call
     gm = traced(function, *args)
 
     onednn_is(False)
-    assert by_onednn(gm.graph) == 0
+    assert other_gemms(gm.graph) == 0
     onednn_is(True)
-    assert by_onednn(gm.graph) == 1
+    assert other_gemms(gm.graph) == 1
     gm.graph.lint()
     gm.recompile()
     assert not has_gemm(gm)
@@ -109,7 +111,7 @@ def test_others_stay(x: Tensor, weight: Tensor, onednn_is: Callable[[bool], None
     gm = traced(unbiased, x, weight)
 
     assert few_rows_as_loops(gm.graph) == 0
-    assert by_onednn(gm.graph) == 0
+    assert other_gemms(gm.graph) == 0
     assert has_gemm(gm)
 
 
@@ -133,10 +135,27 @@ def test_loops_round_lower_dtypes_once() -> None:
     torch.testing.assert_close(gm(x, weight, bias), exact.bfloat16(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_lower_dtypes_are_computed_in_float32_where_that_is_faster(
+    biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "gemm", lambda size: in_float32 if size.rows > 5 else F.linear)
+    x, weight, bias = rows(2, 5).bfloat16(), WEIGHT.bfloat16(), BIAS.bfloat16()
+    function, args = (mapped, (x, weight, bias)) if biased else (unbiased, (x, weight))
+    gm = traced(function, *args)
+
+    assert other_gemms(gm.graph) == 1
+    gm.graph.lint()
+    gm.recompile()
+    exact = function(*(each.float() for each in args)).bfloat16()
+    torch.testing.assert_close(gm(*args), exact, rtol=0, atol=0)
+    assert other_gemms(traced(function, x[:1], *args[1:]).graph) == 0
+
+
 SIZE = Size.of(2, 16, 24, torch.float32)
 
 
-@pytest.mark.parametrize("win", [onednn_wins, loops_win])
+@pytest.mark.parametrize("win", [gemm.gemm, loops_win])
 def test_what_is_faster_is_measured_once(win: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     win.cache_clear()
     found = win(SIZE)

@@ -20,7 +20,7 @@ MARGIN = 0.95
 """The challenger must take less than this share of the time: what is not inductor's own costs it some freedom."""
 
 _BYTES, _WEIGHTS = 1 << 26, 64
-_SAMPLES = 5
+_SAMPLES = 11
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,11 @@ def apply_plan(
             names = {**names_in(root, gm, inputs), **(names or {})}
         reports = edit(gm, plan, names=names, strict=strict, elsewhere=elsewhere, inputs=inputs)
         reports.append(fuse_ffn(gm, share, kernels=kernels, inputs=inputs, verify=verify, max_rewrites=max_rewrites))
-        left = None if max_rewrites is None else max_rewrites - len(reports[-1].done)
-        reports.append(merge_gate_up(gm, share, alone=merge, inputs=inputs, verify=verify, max_rewrites=left))
+        if merge or reports[-1].refused:  # else none is left that stands in parallel
+            left = None if max_rewrites is None else max_rewrites - len(reports[-1].done)
+            reports.append(merge_gate_up(gm, share, alone=merge, inputs=inputs, verify=verify, max_rewrites=left))
+        else:
+            reports.append(PassReport("merge_gate_up"))
         add_in_kernel(gm.graph)
     for report in reports:
         log.debug("%s", report)

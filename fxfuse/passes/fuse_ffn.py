@@ -111,6 +111,8 @@ def _alike(
     alike: dict[Hashable, list[Branch]] = {}
     for branch in each.branches:
         if branch.ffn is None:
+            if branch.gate_up is not None:
+                report.refused.append(Edit((branch.name,), "fuse", branch.reason))
             continue
         reason = ""
         if each.write is not None or _input(branch.ffn) in rewritten:

@@ -11,6 +11,7 @@ from torch import fx
 
 from fxfuse.graph.ffn import FFN, GateUp, mixes
 from fxfuse.graph.ops import Op, op
+from fxfuse.graph.paths import common_path, deeper
 from fxfuse.graph.scale import ONE, Scale
 from fxfuse.graph.values import called_module, clean, is_buffer, shape
 
@@ -144,10 +145,10 @@ def _called(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)) if node.op == "call_function" else ""
 
 
-def base_name(
+def _named_parameters(
     body: Iterable[fx.Node], weights: Mapping[fx.Node, str], weight_only: set[fx.Node], tied: Container[fx.Node] = ()
-) -> str:
-    """The deepest module path that holds all parameters of a branch but those of its norms.
+) -> list[str]:
+    """The names of a branch's parameters but those of its norms, in the order in which they are used.
 
     A norm's parameters are the vectors used before the first matrix product of the branch, or after its last. Buffers
     count only where there is no parameter, and so do weights that are ``tied``: several branches use them, under a
@@ -163,25 +164,13 @@ def base_name(
     for node in reversed(nodes):
         if any(user in before for user in node.users if user in inside):
             before.add(node)
-    core = after & before
+    core = [node for node in nodes if node in after and node in before]
     held = parameters_of(core, weights, weight_only)
     # Tables of angles or masks often belong to the whole model.
     held = tuple(node for node in held if not is_buffer(node)) or held
     held = tuple(node for node in held if node not in tied) or held
     named = [weights[node] for node in held if weights[node]] + _held_by_modules(core)
-    if not named:
-        named = [weights[node] for node in parameters_of(nodes, weights, weight_only) if weights[node]]
-    return _common_path(named)
-
-
-def _common_path(names: Iterable[str]) -> str:
-    """The deepest module path that holds all parameters of those ``names``."""
-    common: list[str] = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+    return named or [weights[node] for node in parameters_of(nodes, weights, weight_only) if weights[node]]
 
 
 def _held_by_modules(nodes: Iterable[fx.Node]) -> list[str]:
@@ -239,15 +228,20 @@ def name_branches(branches: list[Branch], weights: Mapping[fx.Node, str], weight
     """
     users = Counter(node for branch in branches for node in branch.parameters)
     tied = {node for node, count in users.items() if count > 1}
+    stamped = {branch for branch in branches if any(STAMP in term.node.meta for term in branch.terms)}
+    held: dict[Branch, list[str]] = {}
     for branch in branches:
-        stamped = [str(term.node.meta[STAMP]) for term in branch.terms if STAMP in term.node.meta]
-        branch.name = "+".join(dict.fromkeys(stamped)) or base_name(branch.body, weights, weight_only, tied)
+        held[branch] = _named_parameters(branch.body, weights, weight_only, tied)
+        stamps = [str(term.node.meta[STAMP]) for term in branch.terms if STAMP in term.node.meta]
+        branch.name = "+".join(dict.fromkeys(stamps)) or common_path(held[branch])
     counts = Counter(branch.name for branch in branches)
     for branch in branches:
         # A shared expert under a gate of its own, beside the routed ones: the gate is the whole mixture's by its name.
-        if counts[branch.name] > 1 and branch.gate_up is not None and STAMP not in branch.terms[0].node.meta:
-            own = _common_path(weights.get(each.weight, "") for each in branch.gate_up.projections)
+        if counts[branch.name] > 1 and branch.gate_up is not None and branch not in stamped:
+            own = common_path(weights.get(each.weight, "") for each in branch.gate_up.projections)
             branch.name = own if own not in counts else branch.name
+    for branch, name in deeper({branch: (branch.name, held[branch]) for branch in branches}).items():
+        branch.name = name if branch not in stamped else branch.name
     counts = Counter(branch.name for branch in branches)
     for index, branch in enumerate(branches):
         if not branch.name or counts[branch.name] > 1:

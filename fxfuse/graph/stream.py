@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfuse.errors import PlanError, nearest
+from fxfuse.graph.beside import beside
 from fxfuse.graph.branch import KEPT, Branch, Term, kind_of, name_branches, parameters_of
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ffn import Recogniser, mixes
@@ -183,8 +184,11 @@ class _Finder:
         if gate_up is not None and any(mixes(node) for node in self._before(gate_up.normed.output, body)):
             ffn, gate_up, reason = None, None, reason or "its input is not the stream but what another layer made of it"
         kind = kind_of(nodes, ffn, gate_up, self._constant)
-        if kind in ("attention", "moe"):
-            gate_up, reason = None, {"attention": "attention", "moe": "routed experts"}[kind]
+        if kind == "attention":
+            gate_up, reason = None, "attention"
+        elif kind == "moe":
+            tied = beside(terms, nodes, self._recogniser, self._constant)
+            gate_up, reason = None, f"routed experts, and an FFN: {tied}" if tied else "routed experts"
         return Branch(
             kind=kind,
             read=read,

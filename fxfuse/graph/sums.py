@@ -56,7 +56,7 @@ def is_sum(node: fx.Node, constant: set[fx.Node]) -> bool:
     return same_shape(one, other) and same_shape(one, node)
 
 
-def _flatten(node: fx.Node, constant: set[fx.Node], scale: Scale = ONE) -> list[Term]:
+def flatten(node: fx.Node, constant: set[fx.Node], scale: Scale = ONE) -> list[Term]:
     """The terms of a sum; inner sums, also multiples of one, are opened as far as :func:`_opens` allows."""
     terms: list[Term] = []
     found = op(node)
@@ -69,8 +69,11 @@ def _flatten(node: fx.Node, constant: set[fx.Node], scale: Scale = ONE) -> list[
     ):
         assert operand is not None
         inner, multiple = _alone(operand, factor)
-        if found.node("input") is not found.node("other") and _opens(inner, constant):
-            terms.extend(_flatten(inner, constant, scale * multiple))
+        rounded = _rounded(inner, constant)
+        if rounded:
+            terms.extend(Term(each, scale * multiple) for each in rounded)
+        elif found.node("input") is not found.node("other") and _opens(inner, constant):
+            terms.extend(flatten(inner, constant, scale * multiple))
         else:
             terms.append(Term(operand, scale * factor))
     return terms
@@ -79,6 +82,19 @@ def _flatten(node: fx.Node, constant: set[fx.Node], scale: Scale = ONE) -> list[
 def _opens(node: fx.Node, constant: set[fx.Node]) -> bool:
     """Whether an inner sum is a part of the outer one: nothing else reads it, and no pass wrote it as one branch."""
     return len(node.users) == 1 and STAMP not in node.meta and is_sum(node, constant)
+
+
+def _rounded(node: fx.Node, constant: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The operands of ``(a.float() + b.float()).to(a.dtype)``, which is how ``a + b`` is computed; or none."""
+    found = op(node)
+    wide = found.node("input") if found is not None and found.name == "cast" and len(node.users) == 1 else None
+    total = op(wide) if wide is not None and _opens(wide, constant) else None
+    if wide is None or total is None or total.name != "add" or total.args.get("alpha", 1) != 1 or total.inplace:
+        return ()
+    casts = [op(each) for each in (total.node("input"), total.node("other")) if each is not None]
+    sources = [each.node("input") for each in casts if each is not None and each.name == "cast"]
+    own = tuple(each for each in sources if each is not None and dtype(each) == dtype(node) is not None)
+    return own if len(own) == 2 and widens(node, wide) else ()
 
 
 def _alone(node: fx.Node, scale: Scale) -> tuple[fx.Node, Scale]:
@@ -118,7 +134,7 @@ def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
     writes: dict[fx.Node, fx.Node | None] = {}
     for root in reversed(adds):  # an outer sum comes after those that it opens
         if root not in opened:
-            flattened[root] = _flatten(root, constant)
+            flattened[root] = flatten(root, constant)
             between = _inside(root, flattened[root])
             opened |= between
             writes[root] = next((node for node in (root, *between) if mutated_arguments(node)), None)

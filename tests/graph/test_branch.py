@@ -109,6 +109,33 @@ def test_a_name_is_the_deepest_path_that_holds_all_weights_but_the_norms(road: s
     assert names(traced) == ["flat", "sandwich.mlp", "single.proj", "deep.block.1.0.0", "@4"]
 
 
+class Gate(nn.Module):
+    """A norm whose output goes through a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gate = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x * torch.sigmoid(self.gate(x))
+
+
+class GatedNorms(Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        for index, layer in enumerate(self.layers):
+            layer.attn_norm = Gate()
+            layer.mlp_norm = Gate() if index else layer.mlp_norm
+
+
+@on_both_roads
+def test_a_norm_with_matrices_takes_no_name_away(road: str) -> None:
+    traced = trace(ready(GatedNorms()), vectors(), road=road)
+
+    assert names(traced) == ["layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp"]
+
+
 class Angles(Decoder):
     """Every attention turns its input by a table that belongs to the whole model."""
 

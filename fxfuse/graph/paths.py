@@ -1,0 +1,47 @@
+"""Paths of modules: which module a branch is, told from the names of its parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def common_path(names: Iterable[str]) -> str:
+    """The deepest module path that holds all parameters of those ``names``."""
+    common: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def deeper(named: Mapping[_Key, tuple[str, Sequence[str]]]) -> dict[_Key, str]:
+    """Names for what has one with others, or one that lies above another's: the path of its :func:`last_module`.
+
+    Args:
+        named: for each key its path, and the names of its parameters in the order in which they are used.
+    """
+    counts = Counter(path for path, _ in named.values())
+    above = {".".join(parts[:k]) for parts in (path.split(".") for path in counts) for k in range(1, len(parts))}
+    found = {key: last_module(path, names) for key, (path, names) in named.items() if counts[path] > 1 or path in above}
+    taken = Counter(found.values()) + counts
+    return {key: path for key, path in found.items() if path and taken[path] == 1}
+
+
+def last_module(path: str, names: Sequence[str]) -> str:
+    """The module within ``path`` that alone holds the parameters used last, behind all others; empty if there is none.
+
+    What comes before it prepares its input, as a norm with matrices of its own does. A single linear map is no branch.
+    """
+    depth = len(path.split(".")) if path else 0
+    heads = [tuple(name.split(".")[: depth + 1]) for name in names]
+    if not heads:
+        return ""
+    first = heads.index(heads[-1])
+    rest = names[first:]
+    alone = all(head == heads[-1] for head in heads[first:])
+    return common_path(rest) if alone and len({name.rpartition(".")[0] for name in rest}) > 1 else ""

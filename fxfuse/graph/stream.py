@@ -18,7 +18,7 @@ from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ffn import Recogniser, mixes
 from fxfuse.graph.normed import with_weight
 from fxfuse.graph.ops import op
-from fxfuse.graph.sums import Sum, find_chains, link, unlinked
+from fxfuse.graph.sums import Sum, beginning, find_chains, link, unlinked
 from fxfuse.graph.values import parameters, sizes_only
 
 
@@ -40,7 +40,7 @@ class ResidualStream:
     @property
     def points(self) -> tuple[fx.Node, ...]:
         """The stream before the first sum and after each: ``points[k]`` has level k and is no cast of another point."""
-        return (self.sums[0].stream.node, *(each.out for each in self.sums))
+        return (beginning(self.sums[0].stream.node)[-1], *(each.out for each in self.sums))
 
     def __getitem__(self, name: str) -> Branch:
         for branch in self.branches:
@@ -95,12 +95,12 @@ class _Finder:
     ) -> None:
         self._weights, self._constant, self._sums = weights, constant, sums
         self._recogniser = Recogniser(constant)
-        self._level: dict[fx.Node, int] = {}
-        for index, each in enumerate(sums):
+        self._level: dict[fx.Node, int] = dict.fromkeys(beginning(sums[0].stream.node), 0)
+        for index, each in enumerate(sums[1:], 1):
             node: fx.Node | None = each.stream.node
             while node is not None and node not in self._level:
                 self._level[node] = index
-                node = link(node) if index else None
+                node = link(node)
         self._level[sums[-1].out] = len(sums)
         self._order: dict[fx.Node, int] = {}
         self._reads: dict[fx.Node, int] = {}
@@ -171,8 +171,7 @@ class _Finder:
     def _branch(self, terms: list[Term], body: dict[fx.Node, None], foreign: set[fx.Node]) -> Branch:
         nodes = tuple(sorted(body, key=self._order.__getitem__))
         level = max(self._computes_with[term.node].bit_length() for term in terms) - 1
-        points = [p for p in self._level if self._level[p] == level] if level == 0 else []
-        read = points[0] if points else self._read_point(nodes, level)
+        read = self._read_point(nodes, level)
         outside = foreign - {term.node for term in terms}
         ffn, gate_up = None, None
         if len(terms) > 1:

@@ -142,7 +142,8 @@ def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
     bit: dict[fx.Node, int] = {}
     for terms in flattened.values():
         for term in terms:
-            bit.setdefault(term.node, 1 << len(bit))
+            for node in (term.node, unlinked(term.node)):
+                bit.setdefault(node, 1 << len(bit))
     order: dict[fx.Node, int] = {}
     ancestors: dict[fx.Node, int] = {}
     sizes = sizes_only(gm.graph)
@@ -157,10 +158,12 @@ def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
     added: dict[fx.Node, int] = {}  # out of a sum -> bits of those and of all that was added to them
     for root, terms in flattened.items():
         data = sorted((t for t in terms if t.node not in constant), key=lambda t: order[t.node])
-        stream = next((t for t in data if _feeds(bit[t.node], t, terms, ancestors)), None)
+        # The others may read the stream before the cast through which the sum takes it.
+        own = {t.node: bit[t.node] | bit[unlinked(t.node)] for t in terms}
+        stream = next((t for t in data if _feeds(own[t.node], t, terms, ancestors)), None)
         if stream is not None:
             # The others may descend from a value that was added to the stream before, or from an earlier point of it.
-            start = bit[stream.node]
+            start = own[stream.node]
             stream = next((t for t in reversed(data) if start & added.get(unlinked(t.node), 0)), stream)
         else:
             # Ladder residuals (arXiv 2501.06589): the branch reads an earlier point of the stream it is added to.
@@ -169,7 +172,7 @@ def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
             continue
         sums.append(Sum(stream, root, tuple(t for t in terms if t is not stream), write=writes[root]))
         before = unlinked(stream.node)
-        passed[root] = passed.get(before, 0) | bit[stream.node]
+        passed[root] = passed.get(before, 0) | own[stream.node]
         added[root] = added.get(before, 0) | sum({bit[t.node] for t in terms})
     return sums
 
@@ -190,6 +193,19 @@ def _inside(root: fx.Node, terms: list[Term]) -> set[fx.Node]:
 def _feeds(bits: int, stream: Term, terms: list[Term], ancestors: Mapping[fx.Node, int]) -> bool:
     """Whether another term of the sum depends on one of the nodes that ``bits`` stands for."""
     return any(ancestors[term.node] & bits for term in terms if term is not stream)
+
+
+def beginning(stream: fx.Node) -> list[fx.Node]:
+    """The first point of a stream, seen from its first sum: ``stream``, and what it is a :func:`link` of.
+
+    That ends at the last one that others read too. Before a cast to float32, say, the first branch reads it.
+    """
+    found, last, node = [stream], 1, link(stream)
+    while node is not None:
+        found.append(node)
+        last = len(found) if len(node.users) > 1 else last
+        node = link(node)
+    return found[:last]
 
 
 def unlinked(node: fx.Node) -> fx.Node:

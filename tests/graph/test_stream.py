@@ -374,6 +374,18 @@ def test_casts_between_the_stream_and_its_branches_are_seen_through(road: str) -
     assert [branch.kind for branch in stream.branches] == ["attention", "gated_ffn"] * 2
 
 
+def test_the_first_point_is_what_the_first_branch_reads_though_its_sum_takes_a_cast_of_it() -> None:
+    """Mamba's residual_in_fp32."""
+    bodies = [Layer(SwiGLU(), add=lambda h, f: h.float() + f) for _ in range(3)]
+
+    for dtype in (torch.float64, torch.float32):
+        stream = trace(ready(Stream(*bodies)).to(dtype), vectors().to(dtype)).stream
+
+        assert levels(stream) == {f"layers.{index}.body": index for index in range(3)}
+        assert stream.points[0] is not stream.sums[0].stream.node
+        assert all(branch.ffn is not None for branch in stream.branches)
+
+
 class PartlyAutocast(Decoder):
     depth = 3
 

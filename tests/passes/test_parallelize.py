@@ -245,6 +245,26 @@ def test_each_member_keeps_its_scale(road: str) -> None:
 
 
 @on_both_roads
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_sum_that_takes_the_stream_through_a_cast_keeps_it(road: str, start: int) -> None:
+    """Mamba's residual_in_fp32: the branch reads the stream before the cast."""
+    model = ready(Stream(*(Layer(SwiGLU(), add=lambda h, f: h.float() + f) for _ in range(4))))
+    traced = trace(model, vectors(), road=road)
+
+    parallelize(traced.gm, [[f"layers.{start + index}.body" for index in range(3)]])
+
+    h = vectors() * 1.5
+    for index in range(4):
+        if index == start:
+            h = h.float() + sum(model.branch(start + k, h) for k in range(3))
+        elif start < index < start + 3:
+            h = h.float().double()
+        else:
+            h = h.float() + model.branch(index, h)
+    assert_same(traced(), h)
+
+
+@on_both_roads
 def test_a_narrow_branch_in_a_wide_stream_moves_with_its_casts(road: str) -> None:
     class Mixed(Decoder):
         def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@
 | ``down_bias`` | ``[d]`` | |
 | ``residual`` | ``[..., d]`` | what the FFN's contribution is added to |
 
-All tensors but ``rstd`` have one dtype: float32, float16 or bfloat16; also float64, in ATen.
+All tensors but ``rstd`` have one dtype: float32, float16 or bfloat16; also float64, in ATen. All are on one device.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class GateUp:
         _check_shape("gain", self.gain, x.shape[-1:])
         _check_shape("rstd", self.rstd, x.shape[:-1])
         _check_dtypes(x, weight, self.bias, self.gain)
+        _check_devices(x, weight, self.bias, self.gain, self.rstd)
         if self.rstd is not None:
             if self.eps is not None:
                 raise KernelError("give rstd, or eps to have it computed; not both")
@@ -99,6 +100,7 @@ class Down:
         _check_shape("residual", self.residual, (*hidden.shape[:-1], weight.shape[0]))
         _check_shape("down_bias", self.bias, weight.shape[:1])
         _check_dtypes(hidden, weight, self.residual, self.bias)
+        _check_devices(hidden, weight, self.residual, self.bias)
 
 
 def _check_shape(name: str, tensor: Tensor | None, wanted: Sequence[int]) -> None:
@@ -112,3 +114,10 @@ def _check_dtypes(first: Tensor, *others: Tensor | None) -> None:
         dtypes = {wanted, *(tensor.dtype for tensor in others if tensor is not None)}
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise KernelError(f"tokens, weights, biases and gain must have one floating-point dtype; these have {names}")
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    """A kernel on one GPU would read the addresses of another's tensors as if they were its own."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise KernelError(f"all tensors must be on one device; these are on {', '.join(sorted(map(str, devices)))}")

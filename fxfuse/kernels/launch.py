@@ -15,6 +15,10 @@ from fxfuse.kernels.gpus import Gpu
 from fxfuse.kernels.launches import Launch
 
 
+FAR = 2**23
+"""Elements between two rows, at most: offsets inside a tile of up to 256 rows are int32."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Launches, in the order in which they are to be made, and the matrix that they fill in the end."""
@@ -109,9 +113,15 @@ def _run(work: Work, like: Tensor) -> Tensor:
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """Tokens as rows, each contiguous; a copy only where the strides leave no other way."""
+    """Tokens as rows, each contiguous and apart from the others; a copy only where the strides leave no other way.
+
+    Rows that share memory, as of an expanded tensor, are copied too: a tensor descriptor takes no stride of zero.
+    """
     matrix = tensor.reshape(-1, tensor.shape[-1])
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+    if matrix.shape[0] == 1:
+        return matrix[0].contiguous().unsqueeze(0)  # what the stride of a single row is, nobody says
+    dense = matrix.stride(1) == 1 or matrix.shape[1] == 1
+    return matrix if dense and matrix.shape[1] <= matrix.stride(0) <= FAR else matrix.contiguous()
 
 
 def _dense(tensor: Tensor | None, flat: bool = False) -> Tensor | None:
@@ -121,6 +131,8 @@ def _dense(tensor: Tensor | None, flat: bool = False) -> Tensor | None:
 def _check_rows(name: str, weight: Tensor) -> None:
     if weight.stride(-1) != 1 and weight.shape[-1] != 1:
         raise KernelError(f"the rows of {name} must be contiguous: pack it so once, or every call would copy it")
+    if weight.shape[-2] > 1 and not weight.shape[-1] <= weight.stride(-2) <= FAR:
+        raise KernelError(f"the rows of {name} must be apart by at least their length, and by {FAR} elements at most")
 
 
 def _aligned(*tensors: Tensor | None) -> bool:

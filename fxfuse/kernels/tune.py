@@ -21,8 +21,11 @@ from torch import Tensor
 from fxfuse.errors import KernelError
 from fxfuse.kernels import down, gate_up
 from fxfuse.kernels.calls import Down, GateUp
-from fxfuse.kernels.configs import COUNTERS, MAX_SPLIT, Config, Gemm, candidates, pick
+from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, MAX_SPLIT, Config, Gemm, candidates, pick
 from fxfuse.kernels.gpus import Gpu
+
+CROWD = 8
+"""Programs for each multiprocessor that a split depth makes at most."""
 
 Measure = Callable[[Config], float]
 """Seconds that a kernel takes with a config."""
@@ -45,7 +48,7 @@ def tune(gemm: Gemm, gpu: Gpu, measure: Measure) -> Config:
         gpu: the GPU on which ``measure`` measures.
         measure: see `stopwatch`.
     """
-    best = min(options(gemm, gpu), key=measure)
+    best = min(options(_bucket(gemm), gpu), key=measure)
     path = cache_file(gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {**_read(path), _key(gemm): best}
@@ -57,17 +60,25 @@ def tune(gemm: Gemm, gpu: Gpu, measure: Measure) -> Config:
 
 
 def options(gemm: Gemm, gpu: Gpu) -> tuple[Config, ...]:
-    """Every config worth trying: the picked one first, then the table's, with every split of `down`'s depth."""
+    """Every config worth trying: the picked one first, then the table's, with every split of `down`'s depth.
+
+    A depth is split until every multiprocessor has some programs: more only grows the workspace, to gigabytes where
+    there are many tokens.
+    """
     found = [pick(gemm, gpu)]
     for config in candidates(gemm, gpu.arch):
-        steps = -(-gemm.K // config.depth)
-        most = min(MAX_SPLIT, steps) if gemm.kernel == "down" and config.tiles(gemm) <= COUNTERS else 1
-        found += [replace(config, split=2**power) for power in range(most.bit_length())]
+        tiles, steps = config.tiles(gemm), -(-gemm.K // config.depth)
+        most = min(MAX_SPLIT, steps, CROWD * gpu.multiprocessors // tiles) if gemm.kernel == "down" else 1
+        powers = range(most.bit_length() if tiles <= COUNTERS else 0)
+        found += [replace(config, split=2**power) for power in powers] or [config]
     return tuple(dict.fromkeys(found))
 
 
 def stopwatch(gemm: Gemm, device: torch.device) -> Measure:
-    """A `Measure` on a CUDA device, for random tensors of this shape: the median, with a cold L2 cache."""
+    """A `Measure` on a CUDA device, for random tensors of this shape: the median, with a cold L2 cache.
+
+    What is measured is what `launch` launches: large tiles are given the norm's factors, small ones take them along.
+    """
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=gemm.dtype, device=device).div_(gemm.K**0.5)
@@ -75,8 +86,13 @@ def stopwatch(gemm: Gemm, device: torch.device) -> Measure:
     inputs, out = random(gemm.M, gemm.K), random(gemm.M, gemm.N)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     if gemm.kernel == "gate_up":
-        first = GateUp(inputs, random(2, gemm.N, gemm.K), eps=1e-6)
-        return lambda config: _seconds(lambda: gate_up.launch(first, config, out, counters).run())
+        small = GateUp(inputs, random(2, gemm.N, gemm.K), eps=1e-6)
+        large = replace(small, eps=None, rstd=torch.ones(gemm.M, device=device))
+
+        def gate_up_once(config: Config) -> None:
+            gate_up.launch(small if config.rows <= LOOP_ROWS else large, config, out, counters).run()
+
+        return lambda config: _seconds(lambda: gate_up_once(config))
     second = Down(inputs, random(gemm.N, gemm.K), residual=random(gemm.M, gemm.N))
 
     def down_once(config: Config) -> None:
@@ -122,7 +138,12 @@ def _read(path: Path) -> dict[str, Config]:
         raise KernelError(f"{path} is no file of measured configs ({error}); delete it to measure again") from error
 
 
+def _bucket(gemm: Gemm) -> Gemm:
+    """The largest shape that an entry stands for: what a config may do, it must be allowed to do there."""
+    return replace(gemm, M=1 << (gemm.M - 1).bit_length())
+
+
 def _key(gemm: Gemm) -> str:
-    tokens = 1 << (gemm.M - 1).bit_length()
+    gemm = _bucket(gemm)
     aligned = "aligned" if gemm.aligned else "any"
-    return f"{gemm.kernel} {tokens}x{gemm.N}x{gemm.K} {str(gemm.dtype).removeprefix('torch.')} {aligned}"
+    return f"{gemm.kernel} {gemm.M}x{gemm.N}x{gemm.K} {str(gemm.dtype).removeprefix('torch.')} {aligned}"

@@ -11,7 +11,7 @@ from fxfuse.kernels import down, gate_up
 from fxfuse.kernels.calls import ACTIVATIONS, Down, GateUp
 from fxfuse.kernels.compile import Compiled, compile_launch
 from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, TABLE, Config, Row
-from fxfuse.kernels.gpus import SHARED_BYTES, find
+from fxfuse.kernels.gpus import SHARED_BYTES, Gpu, find
 from fxfuse.kernels.launch import wide_work
 
 SPILLS = 16
@@ -116,16 +116,31 @@ def test_an_unsplit_depth_fits(row: Row, arch: int) -> None:
     assert not made.instructions["atom"]
 
 
-def wide(M: int, d: int, F: int, gpu: str) -> list[Compiled]:
+def wide(M: int, d: int, F: int, gpu: str | Gpu) -> list[Compiled]:
     call = GateUp(meta(M, d), meta(2, F, d), eps=1e-6)
-    work = wide_work(call, meta(d, F), meta(M, d), None, find(gpu))
-    return [compile_launch(launch, find(gpu).capability) for launch in work.launches]
+    gpu = find(gpu) if isinstance(gpu, str) else gpu
+    work = wide_work(call, meta(d, F), meta(M, d), None, gpu)
+    return [compile_launch(launch, gpu.capability) for launch in work.launches]
 
 
 @pytest.mark.parametrize("tokens", [1, 4096])
 def test_four_ffns_of_the_largest_llama_compile(tokens: int) -> None:
     # 2^31 elements lie between a gate and its up: offsets of 32 bits would not reach.
     for made in wide(tokens, 16384, 4 * 53248, "h100"):
+        assert made.spilled_bytes <= SPILLS
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+@pytest.mark.parametrize(("capability", "shared"), [(89, 101_376), (100, 232_448), (120, 101_376)])
+def test_gpus_that_have_no_configs_of_their_own_run_those_of_others(capability: int, shared: int, tokens: int) -> None:
+    for made in wide(tokens, 4096, 14336, Gpu("some", capability, 140)):
+        assert made.spilled_bytes <= SPILLS
+        assert made.shared_bytes <= shared
+
+
+def test_sizes_of_one_compile() -> None:
+    """Triton takes an argument of 1 for a constant."""
+    for made in wide(1, 1, 1, "h100"):
         assert made.spilled_bytes <= SPILLS
 
 

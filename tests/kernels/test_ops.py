@@ -209,6 +209,8 @@ def test_exports_with_a_dynamic_number_of_tokens() -> None:
         ({"rstd": torch.zeros(3)}, "not both"),
         ({"gain": torch.zeros(4, dtype=torch.float64)}, "one floating-point dtype"),
         ({"activation": "swish"}, "activation must be one of silu"),
+        ({"down_bias": torch.zeros(4, device="meta")}, "on one device; these are on cpu, meta"),
+        ({"gate_up_bias": torch.zeros(2, 5, device="meta")}, "on one device"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, object], message: str) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fxfuse.errors import KernelError
-from fxfuse.kernels import tune
-from fxfuse.kernels.configs import COUNTERS, MAX_SPLIT, Config, Gemm, candidates, pick
+from fxfuse.kernels import gate_up, tune
+from fxfuse.kernels.calls import GateUp
+from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, MAX_SPLIT, TABLE, Config, Gemm, candidates, pick
 from fxfuse.kernels.gpus import Gpu, find
 
 H100 = find("h100")
@@ -82,6 +83,43 @@ def test_options_are_the_whole_table_with_every_split() -> None:
     assert {config.split for config in tune.options(replace(GEMM, K=128), H100)} == {1, 2}
     many = replace(GEMM, M=8192, N=16384)
     assert all(config.split == 1 for config in tune.options(many, H100) if config.tiles(many) > COUNTERS)
+
+
+def test_a_split_has_a_counter_for_every_tile_of_all_that_it_stands_for() -> None:
+    """Measured for 513 tokens, used for up to 1024."""
+    gpu, gemm = Gpu("B200", 100, 148), Gemm("down", 513, 544, 16384, torch.bfloat16)
+    best = tune.tune(gemm, gpu, lambda config: config.rows * config.columns - config.split)
+    for tokens in (513, 1024):
+        shape = replace(gemm, M=tokens)
+        assert tune.chosen(shape, gpu) == best
+        assert best.split == 1 or best.tiles(shape) <= COUNTERS
+
+
+def test_no_workspace_is_larger_than_a_few_tiles_for_each_multiprocessor() -> None:
+    many = replace(GEMM, M=8192)
+    for config in tune.options(many, H100):
+        assert config.split == 1 or config.tiles(many) * config.split <= tune.CROWD * H100.multiprocessors
+
+
+def test_what_is_measured_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tiles are given the norm's factors; with the sums in their loop they would be other kernels."""
+    taken: list[bool] = []
+
+    class Launched:
+        def run(self) -> None: ...
+
+    def launch(call: GateUp, config: Config, *rest: object) -> Launched:
+        assert (call.eps is None) == (call.rstd is not None)
+        taken.append(call.eps is not None)
+        return Launched()
+
+    monkeypatch.setattr(gate_up, "launch", launch)
+    monkeypatch.setattr(tune, "_seconds", lambda run: run())
+    measure = tune.stopwatch(Gemm("gate_up", 5, 32, 16, torch.bfloat16), torch.device("cpu"))
+    configs = [row.config for row in TABLE if row.kernel == "gate_up"]
+    for config in configs:
+        measure(config)
+    assert taken == [config.rows <= LOOP_ROWS for config in configs]
 
 
 def test_a_damaged_file_says_what_to_do() -> None:

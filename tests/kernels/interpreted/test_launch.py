@@ -13,7 +13,7 @@ from fxfuse.errors import KernelError
 from fxfuse.kernels import pack, reference
 from fxfuse.kernels.calls import ACTIVATIONS, Down, GateUp
 from fxfuse.kernels.gpus import GPUS, Gpu, find
-from fxfuse.kernels.launch import Work, down_work, gate_up_work, wide_work
+from fxfuse.kernels.launch import FAR, Work, _matrix, down_work, gate_up_work, wide_work
 from tests.kernels.cases import DTYPES, Case, assert_as_exact, assert_exact_enough, draw, hidden_scale, product_scale
 
 SMALL = replace(find("h100"), multiprocessors=4)  # so that small problems fill it, and splits are small
@@ -147,6 +147,30 @@ def test_tokens_in_any_layout() -> None:
     torch.testing.assert_close(wide(other, SMALL)[1], wide(case, SMALL)[1], rtol=0, atol=1e-6)
 
 
+ROWS = {
+    "expanded": torch.randn(1, 16).expand(5, 16),
+    "overlapping": torch.randn(80).as_strided((5, 16), (2, 1)),
+    "far apart": torch.empty(2 * FAR + 18)[16:].as_strided((2, 16), (FAR + 1, 1)).fill_(1),  # untouched pages are free
+    "one, of a strange stride": torch.randn(20).as_strided((1, 16), (3, 1)),
+    "one, every other element": torch.randn(32).as_strided((1, 16), (16, 2)),
+    "every other element": torch.randn(5, 32)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_a_kernel_cannot_address_are_copied(name: str) -> None:
+    """Offsets inside a tile are int32, and a tensor descriptor takes no stride that is below the length of a row."""
+    made = _matrix(ROWS[name])
+    assert made.stride() == (16, 1)
+    assert torch.equal(made, ROWS[name])
+
+
+def test_rows_that_it_can_address_are_not() -> None:
+    wider = torch.randn(5, 40)
+    for rows in (wider, wider[:, 8:24], wider[2:3], wider.view(5, 1, 40)[:, :, 8:24]):
+        assert _matrix(rows).data_ptr() == rows.data_ptr()
+
+
 def test_no_tokens_are_no_launches() -> None:
     work, made = wide(draw((0,), 16, 16, torch.bfloat16), SMALL)
     assert work.launches == ()
@@ -160,6 +184,8 @@ def test_a_weight_that_every_call_would_copy_is_refused() -> None:
         wide(turned, SMALL)
     with pytest.raises(KernelError, match="rows of down must be contiguous"):
         wide(replace(case, down=case.down.T.contiguous().T), SMALL)
+    with pytest.raises(KernelError, match="rows of down must be apart"):
+        wide(replace(case, down=case.down[:1].expand(16, 16)), SMALL)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(75, torch.float16), (90, torch.float64)])

@@ -14,7 +14,6 @@ from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, Gemm
 from fxfuse.kernels.gpus import Gpu
 from fxfuse.kernels.launches import Launch
 
-
 FAR = 2**23
 """Elements between two rows, at most: offsets inside a tile of up to 256 rows are int32."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -45,6 +45,28 @@ class Case:
     @property
     def arguments(self) -> tuple[Tensor | float | str | None, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+FEW = 8
+"""So many tokens are judged together, at least: the error of a handful of numbers is luck, plain torch's too."""
+
+
+def judged(count: int) -> int:
+    """How many tokens to draw where one call is to have ``count``: enough of them for several calls if need be."""
+    return count * -(-FEW // count)
+
+
+def calls(case: Case, count: int) -> list[Case]:
+    """The case's tokens ``[M, d]`` in calls of ``count`` each."""
+    starts = range(0, len(case.x), count)
+
+    def part(tensor: Tensor | None, start: int) -> Tensor | None:
+        return None if tensor is None else tensor[start : start + count]
+
+    return [
+        replace(case, x=case.x[start : start + count], residual=part(case.residual, start), rstd=part(case.rstd, start))
+        for start in starts
+    ]
 
 
 def draw(

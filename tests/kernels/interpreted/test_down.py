@@ -12,7 +12,7 @@ from torch import Tensor
 from fxfuse.kernels import down, reference
 from fxfuse.kernels.calls import Down
 from fxfuse.kernels.configs import COUNTERS, Config, Row
-from tests.kernels.cases import DTYPES, assert_as_exact, product_scale, rows
+from tests.kernels.cases import DTYPES, assert_as_exact, judged, product_scale, rows
 from tests.kernels.interpreted.faithful import shuffled
 
 POINTERS = (Config(16, 16, 16, warps=4, stages=2), Config(32, 16, 64, warps=4, stages=2))
@@ -35,30 +35,40 @@ def run(call: Down, config: Config) -> Tensor:
     return out
 
 
-def check(call: Down, config: Config) -> None:
+def check(call: Down, config: Config, count: int | None = None) -> None:
+    """``count`` tokens in each call, or all of them."""
     plain = F.linear(call.hidden, call.weight, call.bias)
     plain = plain if call.residual is None else call.residual + plain
     exact = reference.down_add(call.hidden, call.weight, call.residual, call.bias)
     scale = product_scale(call.hidden, call.weight, call.residual, call.bias)
-    assert_as_exact(run(call, config), plain, exact, scale)
+    made = torch.cat([run(part, config) for part in parts(call, count or len(call.hidden))])
+    assert_as_exact(made, plain, exact, scale)
 
 
-def calls(tokens: tuple[int, ...], sizes: tuple[int, ...]) -> st.SearchStrategy[Down]:
-    size = st.sampled_from(sizes)
-    flag = st.booleans()
-    return st.builds(draw, st.sampled_from(tokens), size, size, st.sampled_from(DTYPES), flag, flag, st.integers(0, 99))
+def parts(call: Down, count: int) -> list[Down]:
+    """The tokens of a call in calls of ``count`` each."""
+    hidden = call.hidden.split(count)
+    residual = [None] * len(hidden) if call.residual is None else call.residual.split(count)
+    return [replace(call, hidden=own, residual=its) for own, its in zip(hidden, residual, strict=True)]
 
 
-@given(calls((1, 2, 17, 37), (1, 5, 16, 31, 53)), st.sampled_from(POINTERS), st.sampled_from(SPLITS))
-@settings(max_examples=60)
-def test_pointers(call: Down, config: Config, split: int) -> None:
-    check(call, replace(config, split=split))
+def calls(count: int, sizes: tuple[int, ...]) -> st.SearchStrategy[Down]:
+    size, flag = st.sampled_from(sizes), st.booleans()
+    return st.builds(draw, st.just(judged(count)), size, size, st.sampled_from(DTYPES), flag, flag, st.integers(0, 99))
 
 
-@given(calls((1, 17, 67), (16, 48, 80)), st.sampled_from(DESCRIPTORS), st.sampled_from(SPLITS))
-@settings(max_examples=30)
-def test_descriptors(call: Down, config: Config, split: int) -> None:
-    check(call, replace(config, split=split))
+@pytest.mark.parametrize("count", [1, 2, 17, 37])
+@given(st.data(), st.sampled_from(POINTERS), st.sampled_from(SPLITS))
+@settings(max_examples=15)
+def test_pointers(count: int, data: st.DataObject, config: Config, split: int) -> None:
+    check(data.draw(calls(count, (1, 5, 16, 31, 53))), replace(config, split=split), count)
+
+
+@pytest.mark.parametrize("count", [1, 17, 67])
+@given(st.data(), st.sampled_from(DESCRIPTORS), st.sampled_from(SPLITS))
+@settings(max_examples=10)
+def test_descriptors(count: int, data: st.DataObject, config: Config, split: int) -> None:
+    check(data.draw(calls(count, (16, 48, 80))), replace(config, split=split), count)
 
 
 @pytest.mark.parametrize(("row", "dtype"), rows("down"))

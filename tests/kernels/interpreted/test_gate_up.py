@@ -9,7 +9,17 @@ from torch import Tensor
 from fxfuse.kernels import gate_up, reference
 from fxfuse.kernels.calls import ACTIVATIONS, GateUp
 from fxfuse.kernels.configs import COUNTERS, GROUP, Config, Row
-from tests.kernels.cases import DTYPES, Case, assert_as_exact, draw, hidden_scale, rows, unfused_hidden
+from tests.kernels.cases import (
+    DTYPES,
+    Case,
+    assert_as_exact,
+    calls,
+    draw,
+    hidden_scale,
+    judged,
+    rows,
+    unfused_hidden,
+)
 
 POINTERS = (Config(16, 16, 16, warps=4, stages=2), Config(32, 16, 64, warps=4, stages=2))
 DESCRIPTORS = (Config(16, 16, 16, warps=4, stages=2, tma=True), Config(64, 32, 32, warps=4, stages=2, tma=True))
@@ -22,17 +32,19 @@ def run(case: Case, config: Config) -> Tensor:
     return out
 
 
-def check(case: Case, config: Config) -> None:
+def check(case: Case, config: Config, count: int | None = None) -> None:
+    """``count`` tokens in each call, or all of them."""
     exact = reference.gate_up_act(
         case.x, case.gate_up, case.gate_up_bias, case.gain, case.rstd, case.eps, case.activation
     )
-    assert_as_exact(run(case, config), unfused_hidden(case), exact, hidden_scale(case))
+    made = torch.cat([run(part, config) for part in calls(case, count or len(case.x))])
+    assert_as_exact(made, unfused_hidden(case), exact, hidden_scale(case))
 
 
-def cases(tokens: tuple[int, ...], sizes: tuple[int, ...]) -> st.SearchStrategy[Case]:
+def cases(count: int, sizes: tuple[int, ...]) -> st.SearchStrategy[Case]:
     return st.builds(
         draw,
-        tokens=st.sampled_from(tokens).map(lambda count: (count,)),
+        tokens=st.just((judged(count),)),
         d=st.sampled_from(sizes),
         width=st.sampled_from(sizes),
         dtype=st.sampled_from(DTYPES),
@@ -45,16 +57,18 @@ def cases(tokens: tuple[int, ...], sizes: tuple[int, ...]) -> st.SearchStrategy[
     )
 
 
-@given(cases((1, 2, 17, 37), (1, 5, 16, 31, 53)), st.sampled_from(POINTERS))
-@settings(max_examples=120)
-def test_pointers(case: Case, config: Config) -> None:
-    check(case, config)
+@pytest.mark.parametrize("count", [1, 2, 17, 37])
+@given(st.data(), st.sampled_from(POINTERS))
+@settings(max_examples=30)
+def test_pointers(count: int, data: st.DataObject, config: Config) -> None:
+    check(data.draw(cases(count, (1, 5, 16, 31, 53))), config, count)
 
 
-@given(cases((1, 17, 67), (16, 48, 80)), st.sampled_from(DESCRIPTORS))
-@settings(max_examples=60)
-def test_descriptors(case: Case, config: Config) -> None:
-    check(case, config)
+@pytest.mark.parametrize("count", [1, 17, 67])
+@given(st.data(), st.sampled_from(DESCRIPTORS))
+@settings(max_examples=20)
+def test_descriptors(count: int, data: st.DataObject, config: Config) -> None:
+    check(data.draw(cases(count, (16, 48, 80))), config, count)
 
 
 def shapes(row: Row) -> tuple[int, int, int]:

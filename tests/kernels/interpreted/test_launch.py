@@ -14,7 +14,17 @@ from fxfuse.kernels import pack, reference
 from fxfuse.kernels.calls import ACTIVATIONS, Down, GateUp
 from fxfuse.kernels.gpus import GPUS, Gpu, find
 from fxfuse.kernels.launch import FAR, Work, _matrix, down_work, gate_up_work, wide_work
-from tests.kernels.cases import DTYPES, Case, assert_as_exact, assert_exact_enough, draw, hidden_scale, product_scale
+from tests.kernels.cases import (
+    DTYPES,
+    Case,
+    assert_as_exact,
+    assert_exact_enough,
+    calls,
+    draw,
+    hidden_scale,
+    judged,
+    product_scale,
+)
 
 SMALL = replace(find("h100"), multiprocessors=4)  # so that small problems fill it, and splits are small
 
@@ -31,27 +41,42 @@ def wide(case: Case, gpu: Gpu) -> tuple[Work, Tensor]:
     return work, finish(work, case.x)
 
 
-cases = st.builds(
-    draw,
-    tokens=st.sampled_from([(1,), (3,), (2, 9), (41,)]),
-    d=st.sampled_from([1, 16, 33, 64]),
-    width=st.sampled_from([7, 16, 96]),
-    dtype=st.sampled_from(DTYPES),
-    gated=st.booleans(),
-    biases=st.booleans(),
-    residual=st.booleans(),
-    gain=st.booleans(),
-    norm=st.sampled_from(["none", "rstd", "eps"]),
-    activation=st.sampled_from(ACTIVATIONS),
-    seed=st.integers(0, 99),
+def cases(*tokens: int) -> st.SearchStrategy[Case]:
+    return st.builds(
+        draw,
+        tokens=st.just(tokens),
+        d=st.sampled_from([1, 16, 33, 64]),
+        width=st.sampled_from([7, 16, 96]),
+        dtype=st.sampled_from(DTYPES),
+        gated=st.booleans(),
+        biases=st.booleans(),
+        residual=st.booleans(),
+        gain=st.booleans(),
+        norm=st.sampled_from(["none", "rstd", "eps"]),
+        activation=st.sampled_from(ACTIVATIONS),
+        seed=st.integers(0, 99),
+    )
+
+
+gpus = st.builds(
+    replace,
+    st.sampled_from([find(name) for name in ("a100", "a10", "h100")]),
+    multiprocessors=st.sampled_from([1, 4, 132]),
 )
 
 
-@given(cases, st.sampled_from(["a100", "a10", "h100"]), st.sampled_from([1, 4, 132]))
-@settings(max_examples=100)
-def test_a_wide_ffn(case: Case, gpu: str, multiprocessors: int) -> None:
-    _, made = wide(case, replace(find(gpu), multiprocessors=multiprocessors))
-    assert_exact_enough(made, case)
+@pytest.mark.parametrize("count", [1, 3, 41])
+@given(st.data(), gpus)
+@settings(max_examples=30)
+def test_a_wide_ffn(count: int, data: st.DataObject, gpu: Gpu) -> None:
+    case = data.draw(cases(judged(count)))
+    assert_exact_enough(torch.cat([wide(part, gpu)[1] for part in calls(case, count)]), case)
+
+
+@given(cases(2, 9), gpus)
+@settings(max_examples=30)
+def test_tokens_of_several_dimensions(case: Case, gpu: Gpu) -> None:
+    assert_exact_enough(wide(case, gpu)[1], case)
 
 
 @given(
@@ -67,10 +92,10 @@ def test_packed_ffns_are_the_sum_of_parallel_ones(
     widths: list[int], tokens: int, dtype: torch.dtype, gated: bool, biases: bool, seed: int
 ) -> None:
     ffns = [
-        draw((tokens,), 32, width, dtype, gated=gated, biases=biases, residual=False, gain=True, seed=seed + i)
+        draw((judged(tokens),), 32, width, dtype, gated=gated, biases=biases, residual=False, gain=True, seed=seed + i)
         for i, width in enumerate(widths)
     ]
-    x, residual = ffns[0].x, torch.randn(tokens, 32).to(dtype)
+    x, residual = ffns[0].x, torch.randn(judged(tokens), 32).to(dtype)
     ffns = [replace(ffn, x=x) for ffn in ffns]
     gates, ups = [ffn.gate_up[0] for ffn in ffns], [ffn.gate_up[1] for ffn in ffns] if gated else None
     gate_biases = [ffn.gate_up_bias[0] if ffn.gate_up_bias is not None else None for ffn in ffns]
@@ -87,7 +112,7 @@ def test_packed_ffns_are_the_sum_of_parallel_ones(
         ffns[0].eps,
         "silu",
     )
-    _, made = wide(packed, SMALL)
+    made = torch.cat([wide(part, SMALL)[1] for part in calls(packed, tokens)])
 
     exact, plain, squares = residual.double(), residual, residual.double().square()
     for ffn in ffns:

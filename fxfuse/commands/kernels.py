@@ -53,6 +53,7 @@ def kernels(
     results: dict[str, list[Line]] = {
         "modelled": [line for layer in layers for line in _modelled(layer, fused, figures)]
     }
+    results["kernels"] = [line for layer in layers for line in _each_kernel(layer, fused, figures)]
     if compile:
         results["compiled"] = [line for layer in layers for line in _compiled(layer, fused, figures)]
     if tune:
@@ -60,8 +61,9 @@ def kernels(
     if json:
         typer.echo(json_format.dumps({"gpu": figures.name, **results}, indent=1))
         return
-    for title, lines in results.items():
-        typer.echo(f"{title}, {figures.name if title != 'measured' else 'on the GPU here'}")
+    titles = {"kernels": f"modelled, kernel by kernel, {figures.name}", "measured": "measured, on the GPU here"}
+    for key, lines in results.items():
+        typer.echo(titles.get(key, f"{key}, {figures.name}"))
         _show(lines)
 
 
@@ -85,6 +87,32 @@ def _modelled(layer: Layer, fused: int, gpu: Gpu) -> list[Line]:
         }
         for how, estimate in (("sequential", before), ("fused", after))
     ]
+
+
+def _each_kernel(layer: Layer, fused: int, gpu: Gpu) -> list[Line]:
+    """The two kernels of the wide FFN: their tiles, and how far each is from the hardware and from a vendor's GEMM."""
+    from fxfuse.kernels import times
+    from fxfuse.kernels.cost import gemms
+    from fxfuse.kernels.pick import pick
+
+    lines: list[Line] = []
+    for gemm in gemms(layer, fused):
+        config = pick(gemm, gpu)
+        own, library = times.own_gemm(gemm, config, gpu), times.library_gemm(gemm, gpu)
+        lines.append(
+            {
+                "tokens": layer.tokens,
+                "kernel": gemm.kernel,
+                "tile": f"{config.rows}x{config.columns}x{config.depth}",
+                "split": config.split,
+                "loads": "TMA" if config.tma else "pointers",
+                "waves": round(own.waves, 1),
+                "us": round(own.seconds * 1e6, 1),
+                "of roofline": round(times.ideal(gemm, gpu) / own.seconds, 2),
+                "of a vendor's GEMM": round(library.seconds / own.seconds, 2),
+            }
+        )
+    return lines
 
 
 def _compiled(layer: Layer, fused: int, gpu: Gpu) -> list[Line]:

@@ -11,10 +11,10 @@ the errors. Triton is needed where a GPU computes, and not before.
     gate_up.py     kernel 1: norm, gate and up, activation
     down.py        kernel 2: down, bias and residual, split over depth
     rstd.py        the statistics of the norm, where kernel 1 does not take them along
-    configs.py     which tile for which shape on which GPU;  tune.py measures instead
+    configs.py     the table of tiles;  pick.py picks from it by arithmetic, tune.py by measuring
     reference.py   naive mathematics to judge all of this by
     compile.py     registers, spills and instructions without a GPU
-    cost.py        modelled time and distance to the roofline, from public figures of gpus.py
+    times.py       modelled time of a GEMM, from public figures of gpus.py;  cost.py: of FFNs, fused and not
 """
 
 from fxfuse.kernels import ops as ops

@@ -1,4 +1,4 @@
-"""Which tiles: one table, and a rule that picks from it.
+"""Which tiles: one table, from which `pick` picks.
 
 Its tiles were chosen by what they compile to (no spills, enough shared memory, wgmma; see `compile`) and by arithmetic.
 No GPU has timed them: `tune` does, where there is one, and keeps what it finds.
@@ -7,14 +7,12 @@ No GPU has timed them: `tune` does, where there is one, and keeps what it finds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from fxfuse.errors import KernelError
-from fxfuse.kernels.gpus import Gpu
 
 Kernel = Literal["gate_up", "down"]
 
@@ -26,6 +24,9 @@ MANY_TOKENS = 64
 
 MAX_SPLIT = 16
 """By how many the depth is split at most."""
+
+CROWD = 8
+"""Programs for each multiprocessor that a split depth makes at most: more only grow its workspace."""
 
 COUNTERS = 1024
 """Tiles whose depth can be split at most: one counter each."""
@@ -96,6 +97,7 @@ TABLE: tuple[Row, ...] = (
     Row("down", _HOPPER, 16, True, Config(128, 128, 64, warps=8, stages=3, tma=True)),
     Row("down", _HOPPER, 16, True, Config(64, 128, 64, warps=4, stages=4, tma=True)),
     Row("down", _HOPPER, 16, True, Config(64, 64, 64, warps=4, stages=4, tma=True)),
+    Row("down", _AMPERE, 16, True, Config(128, 256, 64, warps=8, stages=3)),
     Row("down", _AMPERE, 16, True, Config(128, 128, 32, warps=8, stages=4)),
     Row("down", _AMPERE, 16, True, Config(64, 64, 64, warps=4, stages=4)),
     Row("down", _ALL, 16, True, Config(64, 32, 128, warps=4, stages=3)),
@@ -132,24 +134,6 @@ def candidates(gemm: Gemm, arch: int) -> tuple[Config, ...]:
     return tuple(row.config for row in TABLE if (row.kernel, row.bits, row.aligned) == key and arch in row.arch)
 
 
-def pick(gemm: Gemm, gpu: Gpu) -> Config:
-    """The config for a shape, by arithmetic.
-
-    With many tokens tensor cores are what limits: the tiles whose waves take the shortest time. With few it is memory:
-    the largest tiles that leave no multiprocessor idle, and where there are none, the depth of `down` is split.
-
-    Raises:
-        KernelError: this GPU or this dtype is not supported.
-    """
-    fitting = _of_height(candidates(gemm, gpu.arch), gemm.M)
-    if gemm.M > MANY_TOKENS:
-        best = min(fitting, key=lambda config: _wave_time(config, gemm, gpu))
-    else:
-        full = [config for config in fitting if config.tiles(gemm) >= gpu.multiprocessors]
-        best = full[0] if full else fitting[-1]
-    return _split(best, gemm, gpu)
-
-
 def reach(rows: int, columns: int) -> float:
     """Fraction of a tensor core's rate that a tile is assumed to reach: 1 for 128 x 256.
 
@@ -157,28 +141,3 @@ def reach(rows: int, columns: int) -> float:
     smaller tiles of published GEMMs lose.
     """
     return min(1.0, math.sqrt(rows * columns / (rows + columns) / (128 * 256 / (128 + 256))))
-
-
-def _wave_time(config: Config, gemm: Gemm, gpu: Gpu) -> float:
-    columns = config.columns * (2 if gemm.kernel == "gate_up" else 1)
-    waves = math.ceil(config.tiles(gemm) / gpu.multiprocessors)
-    return waves * config.rows * columns / reach(config.rows, columns)
-
-
-def _of_height(configs: Sequence[Config], M: int) -> list[Config]:
-    """Those that read a weight once for all tokens, or as rarely as any; for many tokens, those half as tall too."""
-    heights = sorted({config.rows for config in configs})
-    needed = next((rows for rows in heights if rows >= M), heights[-1])
-    tall = {needed} | ({rows for rows in heights if rows >= 64} if M > MANY_TOKENS else set())
-    return [config for config in configs if config.rows in tall]
-
-
-def _split(config: Config, gemm: Gemm, gpu: Gpu) -> Config:
-    if gemm.kernel == "gate_up":
-        return config
-    steps = -(-gemm.K // config.depth)
-    split = 1
-    # Every program keeps four steps at least: fewer do not fill its pipeline.
-    while split < MAX_SPLIT and config.tiles(gemm) * split < gpu.multiprocessors and steps >= 8 * split:
-        split *= 2
-    return replace(config, split=split)

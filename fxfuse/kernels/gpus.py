@@ -8,7 +8,7 @@ CUDA C++ Programming Guide, table "Technical Specifications per Compute Capabili
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -17,6 +17,10 @@ from fxfuse.errors import KernelError
 
 SHARED_BYTES: Mapping[int, int] = {80: 166_912, 86: 101_376, 90: 232_448}
 """Shared memory that one program can have, in bytes, for each architecture that kernels are made for."""
+
+
+WARPS = 48
+"""Warps that a multiprocessor can hold, at least; sm_80 and sm_90 hold 64."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,17 @@ def find(name: str) -> Gpu:
     if name.lower() not in GPUS:
         raise KernelError(f"there are no figures for a GPU {name!r}; there are for {', '.join(GPUS)}")
     return GPUS[name.lower()]
+
+
+def figures(gpu: Gpu) -> Gpu:
+    """The same GPU with figures of its speed: its own if they are known, else those of one of its architecture.
+
+    Raises:
+        KernelError: it is older than sm_80.
+    """
+    words = gpu.name.lower().replace("-", " ").split()
+    name = next((word for word in words if word in GPUS), {80: "a100", 86: "a10", 90: "h100"}[gpu.arch])
+    return replace(GPUS[name], name=gpu.name, capability=gpu.capability, multiprocessors=gpu.multiprocessors)
 
 
 @lru_cache

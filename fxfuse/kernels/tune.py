@@ -21,11 +21,9 @@ from torch import Tensor
 from fxfuse.errors import KernelError
 from fxfuse.kernels import down, gate_up
 from fxfuse.kernels.calls import Down, GateUp
-from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, MAX_SPLIT, Config, Gemm, candidates, pick
+from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, Config, Gemm, candidates
 from fxfuse.kernels.gpus import Gpu
-
-CROWD = 8
-"""Programs for each multiprocessor that a split depth makes at most."""
+from fxfuse.kernels.pick import pick, splits
 
 Measure = Callable[[Config], float]
 """Seconds that a kernel takes with a config."""
@@ -60,17 +58,10 @@ def tune(gemm: Gemm, gpu: Gpu, measure: Measure) -> Config:
 
 
 def options(gemm: Gemm, gpu: Gpu) -> tuple[Config, ...]:
-    """Every config worth trying: the picked one first, then the table's, with every split of `down`'s depth.
-
-    A depth is split until every multiprocessor has some programs: more only grows the workspace, to gigabytes where
-    there are many tokens.
-    """
+    """Every config worth trying: the picked one first, then the table's, with every split of `down`'s depth."""
     found = [pick(gemm, gpu)]
     for config in candidates(gemm, gpu.arch):
-        tiles, steps = config.tiles(gemm), -(-gemm.K // config.depth)
-        most = min(MAX_SPLIT, steps, CROWD * gpu.multiprocessors // tiles) if gemm.kernel == "down" else 1
-        powers = range(most.bit_length() if tiles <= COUNTERS else 0)
-        found += [replace(config, split=2**power) for power in powers] or [config]
+        found += [replace(config, split=split) for split in splits(gemm, config, gpu, steps=1)]
     return tuple(dict.fromkeys(found))
 
 

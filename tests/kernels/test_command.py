@@ -12,10 +12,13 @@ def test_the_table_says_that_it_is_modelled_and_for_which_gpu(capsys: pytest.Cap
     code, out, _ = run(capsys, "kernels", "--gpu", "a100", "--tokens", "1")
     assert code == 0
     assert out.startswith("modelled, NVIDIA A100 80GB SXM\n")
+    assert "modelled, kernel by kernel, NVIDIA A100 80GB SXM\n" in out
     assert "measured" not in out
-    assert [line.split()[:4] for line in out.splitlines() if line.strip().startswith("1 ")] == [
-        ["1", "sequential", "16", "0"],
-        ["1", "fused", "2", "0"],
+    assert [line.split()[:3] for line in out.splitlines() if line.strip().startswith("1 ")] == [
+        ["1", "sequential", "16"],
+        ["1", "fused", "2"],
+        ["1", "gate_up", "16x32x128"],
+        ["1", "down", "16x32x128"],
     ]
 
 
@@ -30,6 +33,21 @@ def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         (32, "fused", 1),
     ]
     assert lines[1]["speed-up"] == pytest.approx(lines[0]["us"] / lines[1]["us"], abs=0.01)
+
+
+def test_each_kernel_has_its_distance_to_the_hardware(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "kernels", "--tokens", "1", "--tokens", "2048", "--json")
+    results = json.loads(out)
+    lines = results["kernels"]
+    assert [(line["tokens"], line["kernel"], line["loads"]) for line in lines] == [
+        (1, "gate_up", "pointers"),
+        (1, "down", "pointers"),
+        (2048, "gate_up", "TMA"),
+        (2048, "down", "TMA"),
+    ]
+    assert all(0.5 < line["of roofline"] < 1 for line in lines)
+    fused = results["modelled"][1]
+    assert sum(line["us"] for line in lines[:2]) == pytest.approx(fused["us"], abs=0.2)
 
 
 def test_compile_shows_what_is_launched(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,9 @@ import torch
 from fxfuse.errors import KernelError
 from fxfuse.kernels import gate_up, tune
 from fxfuse.kernels.calls import GateUp
-from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, MAX_SPLIT, TABLE, Config, Gemm, candidates, pick
+from fxfuse.kernels.configs import COUNTERS, CROWD, LOOP_ROWS, MAX_SPLIT, TABLE, Config, Gemm, candidates
 from fxfuse.kernels.gpus import Gpu, find
+from fxfuse.kernels.pick import pick
 
 H100 = find("h100")
 GEMM = Gemm("down", 5, 4096, 16384, torch.bfloat16)
@@ -98,7 +99,7 @@ def test_a_split_has_a_counter_for_every_tile_of_all_that_it_stands_for() -> Non
 def test_no_workspace_is_larger_than_a_few_tiles_for_each_multiprocessor() -> None:
     many = replace(GEMM, M=8192)
     for config in tune.options(many, H100):
-        assert config.split == 1 or config.tiles(many) * config.split <= tune.CROWD * H100.multiprocessors
+        assert config.split == 1 or config.tiles(many) * config.split <= CROWD * H100.multiprocessors
 
 
 def test_what_is_measured_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

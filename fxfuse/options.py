@@ -76,7 +76,8 @@ class Options:
             packed ones: no second copy, but a batch of GEMMs instead of one, and only for FFNs of one width.
         kernels: what computes wide FFNs: "auto", fxfuse's Triton kernels on GPUs that can run them and ATen elsewhere;
             "fxfuse", its ops on every device; "aten", never.
-        merge_gate_up: let FFNs that no plan fuses compute gate and up in one GEMM, at the price of a copy.
+        merge_gate_up: let FFNs that no plan fuses compute gate and up in one GEMM, at the price of a copy; on GPUs, in
+            fxfuse's kernels where those are modelled to be faster than a vendor's GEMMs, as with few tokens.
         prepack: let linear maps on CPUs read weights in the layout of oneDNN's kernels, and those of one input be one,
             each where it is measured to be faster; only where no gradients are computed. It takes a copy of each such
             weight.

@@ -97,7 +97,7 @@ TABLE: tuple[Row, ...] = (
     Row("down", _HOPPER, 16, True, Config(128, 128, 64, warps=8, stages=3, tma=True)),
     Row("down", _HOPPER, 16, True, Config(64, 128, 64, warps=4, stages=4, tma=True)),
     Row("down", _HOPPER, 16, True, Config(64, 64, 64, warps=4, stages=4, tma=True)),
-    Row("down", _AMPERE, 16, True, Config(128, 256, 64, warps=8, stages=3)),
+    Row("down", _AMPERE, 16, True, Config(128, 256, 32, warps=8, stages=4)),
     Row("down", _AMPERE, 16, True, Config(128, 128, 32, warps=8, stages=4)),
     Row("down", _AMPERE, 16, True, Config(64, 64, 64, warps=4, stages=4)),
     Row("down", _ALL, 16, True, Config(64, 32, 128, warps=4, stages=3)),

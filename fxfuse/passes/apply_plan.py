@@ -3,7 +3,7 @@
 1. ``simplify``: so that every later pass sees one dialect, and sums and norms without disguises.
 2. the branches get their names, once: a name means what it meant before any edit.
 3. ``drop``, then ``parallelize``: the plan, the only approximation.
-4. ``fuse_ffn``: what stands in parallel becomes wide.
+4. ``fuse_ffn``: what stands in parallel becomes wide; if asked for, fxfuse's kernels also compute what stands alone.
 5. ``merge_gate_up``: what could not shares its gate/up, and what stands alone has one of its own if asked for.
 6. what fxfuse's own kernels compute adds itself to the stream, where it can.
 
@@ -66,7 +66,8 @@ def apply_plan(
         strict: a dropped name that no branch has is an error, not a warning.
         share: see :func:`fxfuse.passes.fuse_ffn`.
         kernels: see :func:`fxfuse.passes.fuse_ffn`.
-        merge: also run :func:`fxfuse.passes.merge_gate_up`.
+        merge: also do something for FFNs that are fused with no other: one call of fxfuse's kernels, where those run
+            and pay, else one GEMM for gate and up (:func:`fxfuse.passes.merge_gate_up`).
         elsewhere: tells whether a name that is not in this graph belongs to another part of the model (graph breaks)
             or has left it already (pruned), so that it is no mistake.
         root: the module that was traced: its parameters have their names in it, whatever the graph calls them (make_fx
@@ -87,9 +88,12 @@ def apply_plan(
         if root is not None:
             names = {**names_in(root, gm, inputs), **(names or {})}
         reports = edit(gm, plan, names=names, strict=strict, elsewhere=elsewhere, inputs=inputs)
-        reports.append(fuse_ffn(gm, share, kernels=kernels, inputs=inputs, verify=verify, max_rewrites=max_rewrites))
-        if merge or reports[-1].refused:  # else none is left that stands in parallel
-            left = None if max_rewrites is None else max_rewrites - len(reports[-1].done)
+        wide = fuse_ffn(
+            gm, share, kernels=kernels, alone=merge, inputs=inputs, verify=verify, max_rewrites=max_rewrites
+        )
+        reports.append(wide)
+        if merge or wide.refused:  # else none is left that stands in parallel
+            left = None if max_rewrites is None else max_rewrites - len(wide.done)
             reports.append(merge_gate_up(gm, share, alone=merge, inputs=inputs, verify=verify, max_rewrites=left))
         else:
             reports.append(PassReport("merge_gate_up"))

@@ -22,7 +22,7 @@ from fxfuse.graph.sums import Sum
 from fxfuse.graph.values import shape
 from fxfuse.passes.base import Edit, PassReport, erase_dead, resum, transaction
 from fxfuse.passes.form import difference, form
-from fxfuse.passes.kernel import Kernel, Kernels, kernel_of
+from fxfuse.passes.kernel import Kernel, Kernels, kernel_alone, kernel_of
 from fxfuse.passes.normal import normal_streams
 from fxfuse.passes.verify import Verifier
 from fxfuse.passes.wide import emit_batched, emit_wide
@@ -33,6 +33,7 @@ def fuse_ffn(
     share: bool = False,
     *,
     kernels: Kernels = "auto",
+    alone: bool = False,
     inputs: Sequence[object] | None = None,
     verify: bool = False,
     max_rewrites: int | None = None,
@@ -46,6 +47,8 @@ def fuse_ffn(
             not fuse then.
         kernels: what computes them: fxfuse's own kernels on GPUs and ATen elsewhere ("auto"), or always "fxfuse" or
             "aten". Of shared weights and of what the kernels cannot express ATen does, and the report says so.
+        alone: let fxfuse's kernels compute gated FFNs that are fused with no other, too; under "auto", those for which
+            they are modelled to be faster. It takes a copy of gate and up.
         inputs: example inputs of the graph, for ``verify``.
         verify: compare each wide FFN with the FFNs it replaces, in float64 on ``inputs``.
         max_rewrites: how many sets to fuse at most, the first ones in stream order.
@@ -66,16 +69,24 @@ def fuse_ffn(
         for stream in streams:
             numbering = Numbering({point: point for point in stream.levels})
             for each in stream.sums:
-                if sum(branch.kind in ("gated_ffn", "ffn") for branch in each.branches) > 1:
+                count = sum(branch.kind in ("gated_ffn", "ffn") for branch in each.branches)
+                if count > 1 or (count and alone):
                     sets += _alike(each, share, numbering, rewritten, region, report)
+        how = {each: "weights='share'" if share else _kernel(each, kernels, alone) for each in sets}
+        sets = [each for each in sets if len(each.branches) > 1 or isinstance(how[each], Kernel)]
         fused = sets if max_rewrites is None else sets[:max_rewrites]
-        how = {each: "weights='share'" if share else kernel_of(each.branches, kernels) for each in fused}
         report.done += [Edit(each.names, "fused", _detail(each, how[each], kernels)) for each in fused]
         report.refused += [Edit(each.names, "fuse", "max_rewrites is spent") for each in sets[len(fused) :]]
         # Backwards, so that the points which a sum's branches read are still those that the stream knows.
         for residual in dict.fromkeys(each.residual for each in reversed(fused)):
             _write(gm.graph, residual, [each for each in fused if each.residual is residual], share, how, verifier)
     return report
+
+
+def _kernel(each: _Set, kernels: Kernels, alone: bool) -> Kernel | str:
+    if len(each.branches) > 1:
+        return kernel_of(each.branches, kernels)
+    return kernel_alone(each.branches[0], kernels) if alone else "it stands in parallel with no other"
 
 
 def _detail(each: _Set, how: Kernel | str, kernels: Kernels) -> str:
@@ -85,7 +96,7 @@ def _detail(each: _Set, how: Kernel | str, kernels: Kernels) -> str:
 
 @dataclass(frozen=True)
 class _Set:
-    """FFNs of one form that are added in one sum."""
+    """FFNs of one form that are added in one sum; perhaps only one."""
 
     residual: Sum
     branches: tuple[Branch, ...]
@@ -107,7 +118,7 @@ def _alike(
     region: Mapping[fx.Node, int],
     report: PassReport,
 ) -> list[_Set]:
-    """The sets of FFNs of one form among the branches of a sum; ``report`` learns who is in none, and why."""
+    """The sets of FFNs of one form among the branches of a sum; ``report`` learns who is with no other, and why."""
     alike: dict[Hashable, list[Branch]] = {}
     for branch in each.branches:
         if branch.ffn is None:
@@ -129,10 +140,10 @@ def _alike(
         width = branch.ffn.projections[0].width if share else None
         alike.setdefault((form(branch, numbering), width), []).append(branch)
     for branches in alike.values():
-        if len(branches) == 1:
+        if len(branches) == 1 and sum(branch.ffn is not None for branch in each.branches) > 1:
             reason = difference(branches[0], each.branches, numbering)
             report.refused.append(Edit((branches[0].name,), "fuse", reason))
-    return [_Set(each, tuple(branches)) for branches in alike.values() if len(branches) > 1]
+    return [_Set(each, tuple(branches)) for branches in alike.values()]
 
 
 def _write(

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxfuse.graph.ffn import Projection
-from fxfuse.graph.values import dtype, shape
+from fxfuse.graph.values import dtype, shape, value
 
 PACK = "fxfuse_pack"
 """Key of ``node.meta`` that marks the root of a packed weight; its value says what it is."""
@@ -67,7 +67,11 @@ def column_of(graph: fx.Graph, projection: Projection) -> fx.Node:
 
 
 def cat(graph: fx.Graph, parts: Sequence[fx.Node], dim: int, what: str) -> fx.Node:
-    """The parts in one tensor along ``dim``, marked as a packed weight."""
+    """The parts in one tensor along ``dim``, marked as a packed weight; a single weight that lies right as it is."""
+    if len(parts) == 1 and parts[0].op not in ("call_function", "call_method"):
+        found = value(parts[0])
+        if found is not None and found.is_contiguous():
+            return parts[0]
     node = graph.call_function(torch.cat, (list(parts), dim))
     node.meta[PACK] = what
     return node

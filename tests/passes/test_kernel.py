@@ -12,9 +12,10 @@ from torch._subclasses import FakeTensorMode
 
 from fxfuse import Plan
 from fxfuse.errors import OptionError
+from fxfuse.kernels import cost, gpus
 from fxfuse.options import Options
 from fxfuse.passes import REPORTS, apply_plan
-from fxfuse.passes.kernel import ALIGNMENT
+from fxfuse.passes.kernel import ALIGNMENT, hint
 from tests.blocks import HIDDEN, MLP, WIDTH, Layer, Stream, SwiGLU, Traced, assert_same, ready, trace, vectors
 from tests.models import spec as s
 from tests.models.norms import make_norm
@@ -88,16 +89,151 @@ def test_on_a_gpu_that_can_run_them_they_are_written_by_themselves(
 ) -> None:
     """A GPU of which only the name is there: the graph's weights have no data and say that they are on it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    traced = trace(ready(Stream(SwiGLU(), SwiGLU())), vectors())
+    traced = on_a_gpu(trace(ready(Stream(SwiGLU(), SwiGLU())), vectors()), dtype)
+
+    apply_plan(traced.gm, GROUP, names=traced.names)
+
+    assert len(calls(traced)) == written
+
+
+def on_a_gpu(traced: Traced, dtype: torch.dtype) -> Traced:
     with FakeTensorMode():
         for node in traced.gm.graph.nodes:
             known = node.meta.get("example_value")
             if isinstance(known, Tensor):
                 node.meta["example_value"] = torch.empty(known.shape, dtype=dtype, device="cuda")
+    return traced
 
-    apply_plan(traced.gm, GROUP, names=traced.names)
+
+@pytest.mark.parametrize(("precision", "written"), [("highest", 1), ("high", 0)])
+def test_float32_that_may_be_rounded_to_tf32_is_cublass(
+    precision: str, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels multiply float32 as it is, without tensor cores: a fraction of the rate that was asked for."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    traced = on_a_gpu(trace(ready(Stream(SwiGLU(), SwiGLU())), vectors()), torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        apply_plan(traced.gm, GROUP, names=traced.names)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
     assert len(calls(traced)) == written
+
+
+def merged(model: Stream, kernels: str = "fxfuse") -> Traced:
+    traced = trace(model, vectors())
+    apply_plan(traced.gm, Plan(), names=traced.names, merge=True, kernels=kernels)  # type: ignore[arg-type]
+    return traced
+
+
+@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.becomes == "wide"])
+def test_an_ffn_alone_can_be_a_kernels_if_it_has_a_gate(name: str) -> None:
+    style = STYLES[name]
+    model = ready(Stream(style.make(), style.make()))
+
+    traced = merged(model)
+
+    assert_same(traced(), model(vectors()))
+    assert {len(argument_shape(traced, call)) for call in calls(traced)} <= {3}
+    assert all(argument_shape(traced, call)[0] == 2 for call in calls(traced))
+
+
+def argument_shape(traced: Traced, call: fx.Node) -> torch.Size:
+    values = fx.Interpreter(traced.gm, garbage_collect_values=False)
+    values.run(*traced.inputs)
+    gate_up = values.env[call.args[1]]  # type: ignore[index]
+    assert isinstance(gate_up, Tensor)
+    return gate_up.shape
+
+
+def test_each_ffn_alone_is_one_call_that_adds_to_the_stream() -> None:
+    traced = merged(ready(Stream(SwiGLU(), SwiGLU())))
+
+    assert len(calls(traced)) == 2
+    assert not traced.count("add")
+    (report,) = [each for each in traced.gm.meta[REPORTS] if each.name == "fuse_ffn"]
+    assert [edit.branches for edit in report.done] == [("layers.0.body",), ("layers.1.body",)]
+    assert not report.refused
+
+
+def test_an_ffn_alone_copies_its_down_projection_only_to_pad_it() -> None:
+    def downs(hidden: int) -> list[str]:
+        return [argument(call, "down").op for call in calls(merged(ready(Stream(SwiGLU(hidden=hidden)))))]  # type: ignore[attr-defined]
+
+    assert downs(ALIGNMENT) == ["placeholder"]
+    assert downs(ALIGNMENT + 1) == ["call_function"]
+
+
+def test_an_ffn_alone_is_left_to_its_compiler_unless_its_gate_and_up_are_merged() -> None:
+    traced = planned(ready(Stream(SwiGLU(), SwiGLU())))
+    assert len(calls(traced)) == 1  # the group's
+    traced = trace(ready(Stream(SwiGLU(), SwiGLU())), vectors())
+    apply_plan(traced.gm, Plan(), names=traced.names, kernels="fxfuse")
+    assert not calls(traced)
+
+
+def test_what_the_kernels_cannot_take_is_merged_as_ever() -> None:
+    own = STYLES["clamped"].make
+    model = ready(Stream(own(), own()))
+
+    traced = merged(model)
+
+    assert not calls(traced)
+    (report,) = [each for each in traced.gm.meta[REPORTS] if each.name == "merge_gate_up"]
+    assert len(report.done) == 2
+    assert_same(traced(), model(vectors()))
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_on_a_gpu_an_ffn_alone_is_a_kernels_where_that_is_modelled_to_pay(
+    pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[cost.Layer] = []
+
+    def modelled(layer: cost.Layer, gpu: gpus.Gpu) -> bool:
+        assert gpu == gpus.find("h100")
+        asked.append(layer)
+        return pays
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(gpus, "of_device", lambda device: gpus.find("h100"))
+    monkeypatch.setattr(cost, "pays", modelled)
+    traced = on_a_gpu(trace(ready(Stream(SwiGLU(), SwiGLU())), vectors()), torch.bfloat16)
+    apply_plan(traced.gm, Plan(), names=traced.names, merge=True)
+
+    assert len(calls(traced)) == (2 if pays else 0)
+    tokens = vectors().numel() // WIDTH
+    assert asked == [cost.Layer(WIDTH, HIDDEN, tokens, dtype=torch.bfloat16)] * 2
+
+
+def test_the_number_of_tokens_that_counts_is_that_of_the_trace() -> None:
+    seen: list[int | None] = []
+
+    def look(gm: fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        (node,) = [node for node in gm.graph.nodes if isinstance(node.meta.get("example_value"), Tensor)][:1]
+        seen.extend(hint(size) for size in node.meta["example_value"].shape)
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=look, dynamic=True)(torch.randn(5, 3))
+    assert seen == [5, 3]
+
+
+@pytest.mark.slow
+def test_ffns_alone_train_and_follow_their_weights() -> None:
+    model = ready(Stream(SwiGLU(), SwiGLU(bias=True))).float()
+    options = {"kernels": "fxfuse", "merge_gate_up": True}
+    compiled = torch.compile(model, backend="ffnfuse", options=options)  # type: ignore[arg-type]
+    x = vectors(2, 3, WIDTH).float()
+    for _ in range(2):
+        mine, wanted = compiled(x), model(x)
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+        gradients, others = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (mine, wanted))
+        torch.testing.assert_close(gradients, others, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.1)
 
 
 NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {

@@ -133,7 +133,7 @@ def launch(call: Down, config: Config, out: Tensor, counters: Tensor | None = No
         counters: int32 zeros, one a tile, where ``config.split > 1``.
     """
     (M, K), N = call.hidden.shape, call.weight.shape[0]
-    tiles = triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns)
+    tiles = -(-M // config.rows) * -(-N // config.columns)
     parts = None
     if config.split > 1:
         parts = call.hidden.new_empty(tiles, config.split, config.rows, config.columns, dtype=torch.float32)

@@ -152,7 +152,7 @@ def launch(call: GateUp, config: Config, out: Tensor, counters: Tensor | None = 
         "BK": config.depth,
         "GROUP": GROUP,
     }
-    grid = (triton.cdiv(M, config.rows) * triton.cdiv(F, config.columns),)
+    grid = (-(-M // config.rows) * -(-F // config.columns),)
     if config.tma:
         own = {
             "x_desc": TensorDescriptor.from_tensor(call.x, [config.rows, config.depth]),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fxfuse.errors import KernelError
 from fxfuse.kernels import down, gate_up, gpus, rstd, tune
-from fxfuse.kernels.calls import Down, GateUp
+from fxfuse.kernels.calls import Down, GateUp, changed
 from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, Gemm
 from fxfuse.kernels.gpus import Gpu
 from fxfuse.kernels.launches import Launch
@@ -54,7 +54,7 @@ def gate_up_work(call: GateUp, gpu: Gpu, counters: Tensor | None = None) -> Work
     """
     _check_rows("gate_up", call.weight)
     x = _matrix(call.x)
-    call = replace(call, x=x, bias=_dense(call.bias), gain=_dense(call.gain), rstd=_dense(call.rstd, flat=True))
+    call = changed(call, x=x, bias=_dense(call.bias), gain=_dense(call.gain), rstd=_dense(call.rstd, flat=True))
     out = x.new_empty(x.shape[0], call.width)
     if not out.numel():
         return Work((), out)
@@ -65,7 +65,7 @@ def gate_up_work(call: GateUp, gpu: Gpu, counters: Tensor | None = None) -> Work
     if call.eps is not None and config.rows > LOOP_ROWS:
         factors = x.new_empty(x.shape[0], dtype=torch.float32)
         before = (rstd.launch(x, call.eps, factors),)
-        call = replace(call, eps=None, rstd=factors)
+        call = changed(call, eps=None, rstd=factors)
     return Work((*before, gate_up.launch(call, config, out, counters)), out)
 
 
@@ -83,7 +83,7 @@ def down_work(call: Down, gpu: Gpu, counters: Tensor | None = None) -> Work:
     _check_rows("down", call.weight)
     hidden = _matrix(call.hidden)
     residual = None if call.residual is None else _matrix(call.residual)
-    call = replace(call, hidden=hidden, residual=residual, bias=_dense(call.bias))
+    call = changed(call, hidden=hidden, residual=residual, bias=_dense(call.bias))
     out = hidden.new_empty(hidden.shape[0], call.weight.shape[0])
     if not out.numel():
         return Work((), out)

@@ -35,7 +35,8 @@ def chosen(gemm: Gemm, gpu: Gpu) -> Config:
     Raises:
         KernelError: this GPU or this dtype is not supported, or the file of measured configs is damaged.
     """
-    return _known(gpu).get(_key(gemm)) or _picked(gemm, gpu)
+    known = _known(gpu)
+    return (known.get(_key(gemm)) if known else None) or _picked(gemm, gpu)
 
 
 def tune(gemm: Gemm, gpu: Gpu, measure: Measure) -> Config:

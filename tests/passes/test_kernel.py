@@ -158,12 +158,18 @@ def test_each_ffn_alone_is_one_call_that_adds_to_the_stream() -> None:
     assert not report.refused
 
 
-def test_an_ffn_alone_copies_its_down_projection_only_to_pad_it() -> None:
-    def downs(hidden: int) -> list[str]:
-        return [argument(call, "down").op for call in calls(merged(ready(Stream(SwiGLU(hidden=hidden)))))]  # type: ignore[attr-defined]
+def test_an_ffn_alone_copies_its_down_projection_only_to_pad_it_or_to_lay_it_out() -> None:
+    def down(body: SwiGLU) -> str:
+        (call,) = calls(merged(ready(Stream(body))))
+        node = argument(call, "down")
+        assert isinstance(node, fx.Node)
+        return node.op
 
-    assert downs(ALIGNMENT) == ["placeholder"]
-    assert downs(ALIGNMENT + 1) == ["call_function"]
+    assert down(SwiGLU(hidden=ALIGNMENT)) == "placeholder"
+    assert down(SwiGLU(hidden=ALIGNMENT + 1)) == "call_function"
+    turned = SwiGLU(hidden=ALIGNMENT)
+    turned.down.weight = nn.Parameter(turned.down.weight.detach().T.contiguous().T)
+    assert down(turned) == "call_function"
 
 
 def test_an_ffn_alone_is_left_to_its_compiler_unless_its_gate_and_up_are_merged() -> None:

@@ -1,8 +1,8 @@
 """Kernels: a wide FFN in two GPU kernels, as ops that ``torch.compile`` and ``torch.export`` take as they are.
 
 Importing this package registers ``torch.ops.fxfuse.wide_ffn`` and its halves ``gate_up_act`` and ``down_add``
-(`fxfuse.kernels.ops`). The rest of fxfuse reaches them by these names only, and this package imports nothing of it but
-the errors. Triton is needed where a GPU computes, and not before.
+(`fxfuse.kernels.ops`). The rest of fxfuse reaches them by these names only, and asks `cost` whether they pay; this
+package imports nothing of it but the errors. Triton is needed where a GPU computes, and not before.
 
     pack.py        the weights of n FFNs as one packed pair, gains folded in
     ops.py         the ops: schema, checks, shapes, gradients by recomputation

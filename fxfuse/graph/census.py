@@ -10,11 +10,11 @@ from torch import fx
 
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.normed import with_weight
-from fxfuse.graph.ops import Op, op
+from fxfuse.graph.ops import op
 from fxfuse.graph.projection import mixes
 from fxfuse.graph.scale import scaling
-from fxfuse.graph.sums import find_chains, is_sum
-from fxfuse.graph.values import parameters
+from fxfuse.graph.sums import find_chains, is_sum, keeps, link, unlinked
+from fxfuse.graph.values import parameters, same_shape, shape
 
 REPORT = "if this model is a transformer, please report it with what `fxfuse explain MODEL --trace FOLDER` writes"
 
@@ -38,6 +38,7 @@ class Census:
         adds: adds of two values of one shape that depend on the input.
         sums: those among them of which one operand descends from the other: residual sums.
         scaled: those of which one operand descends from what the other is a multiple of: ``c * h + f(h)``.
+        rounded: those of which one operand descends from what the other is the rounded value of: ``round(h) + f(h)``.
         unknown: calls that the vocabulary has no name for, the most frequent first.
     """
 
@@ -46,6 +47,7 @@ class Census:
     adds: int
     sums: int
     scaled: int
+    rounded: int
     unknown: dict[str, int]
 
     @property
@@ -73,6 +75,8 @@ class Census:
                 f"{self.scaled} sums multiply the stream itself, as in c * h + f(h): such a sum is no h + f(h), so "
                 "nothing can be dropped from it or moved along it"
             )
+        if self.rounded > self.sums:
+            return f"{self.rounded} sums are computed in a lower precision than the stream has, and round it"
         if not self.sums:
             return "no sum has an operand that the other one is computed from"
         return "no matrix product stands between a residual sum and what it adds to"
@@ -91,31 +95,60 @@ def census(gm: fx.GraphModule) -> Census:
             unknown[str(getattr(node.target, "__name__", node.target))] += 1
     adds = [node for node in gm.graph.nodes if node.op != "placeholder" and is_sum(node, constant)]
     sums = {each.out for chain in find_chains(gm, constant) for each in chain}
-    scaled = sum(_scales_its_stream(node, constant) for node in adds if node not in sums)
+    others = [node for node in adds if node not in sums]
     return Census(
-        len(gm.graph.nodes), dict(products.most_common()), len(adds), len(sums), scaled, dict(unknown.most_common())
+        nodes=len(gm.graph.nodes),
+        products=dict(products.most_common()),
+        adds=len(adds),
+        sums=len(sums),
+        scaled=sum(_scales_its_stream(node, constant) for node in others),
+        rounded=sum(_rounds_its_stream(node) for node in others),
+        unknown=dict(unknown.most_common()),
     )
 
 
 def _scales_its_stream(add: fx.Node, constant: Container[fx.Node]) -> bool:
-    """Whether ``add`` is ``c * h + f(h)`` with c a number or a weight, and a matrix product in f."""
+    """Whether ``add`` is ``c * h + f(h)`` with c a number, a weight or a matrix, and a matrix product in f."""
     found = op(add)
     pair = [found.node("input"), found.node("other")] if found is not None else []
     for one, other in (pair, pair[::-1]):
-        product = op(one) if one is not None else None
-        stream = _multiplied(product, constant) if product is not None else None
+        stream = _multiplied(one, constant) if one is not None else None
         if stream is not None and other is not None and _comes_through_a_product(other, stream):
             return True
     return False
 
 
-def _multiplied(found: Op, constant: Container[fx.Node]) -> fx.Node | None:
-    """``x``, if the op is x times a number or a weight."""
-    factor = scaling(found)
-    if factor is not None:
-        return factor[0]
-    pair = with_weight(found, constant) if found.name == "mul" else None
-    return None if pair is None else pair[0]
+def _rounds_its_stream(add: fx.Node) -> bool:
+    """Whether ``add`` is ``round(h) + f(h)``, with a matrix product in f."""
+    pair = add.all_input_nodes
+    return any(
+        not keeps(add, one) and _comes_through_a_product(other, unlinked(one))
+        for one, other in zip(pair, pair[::-1], strict=True)
+    )
+
+
+def _multiplied(node: fx.Node, constant: Container[fx.Node]) -> fx.Node | None:
+    """``x``, if ``node`` is x times a number, a weight or a matrix; weights may be added to x before."""
+    times = False
+    while (found := op(node)) is not None:
+        factor = scaling(found)
+        pair = with_weight(found, constant) if found.name in ("mul", "add") else None
+        before = factor[0] if factor is not None else pair[0] if pair is not None else link(node)
+        if before is None and found.name in ("matmul", "bmm") and not times:
+            sides = (found.node("other"), found.node("input"))
+            before = next(
+                (side for side in sides if side is not None and side not in constant and _like(side, node)), None
+            )
+            times = before is not None
+        if before is None:
+            break
+        times = times or factor is not None or (pair is not None and found.name == "mul")
+        node = before
+    return node if times else None
+
+
+def _like(one: fx.Node, other: fx.Node) -> bool:
+    return shape(one) is not None and same_shape(one, other)
 
 
 def _comes_through_a_product(node: fx.Node, source: fx.Node) -> bool:

@@ -33,15 +33,18 @@ def deeper(named: Mapping[_Key, tuple[str, Sequence[str]]]) -> dict[_Key, str]:
 
 
 def last_module(path: str, names: Sequence[str]) -> str:
-    """The module within ``path`` that alone holds the parameters used last, behind all others; empty if there is none.
+    """The last module within ``path`` that is more than a linear map; empty if there is none, or it is the lesser part.
 
-    What comes before it prepares its input, as a norm with matrices of its own does. A single linear map is no branch.
+    What comes before it prepares its input, as a norm with matrices of its own does; what else comes after it may be
+    single maps, as of a convolution of its output.
     """
     depth = len(path.split(".")) if path else 0
-    heads = [tuple(name.split(".")[: depth + 1]) for name in names]
-    if not heads:
+    heads = [".".join(name.split(".")[: depth + 1]) for name in names]
+    held = {head: {n.rpartition(".")[0] for n, h in zip(names, heads, strict=True) if h == head} for head in heads}
+    own = next((head for head in reversed(heads) if len(held[head]) > 1), "")
+    if not own:
         return ""
-    first = heads.index(heads[-1])
-    rest = names[first:]
-    alone = all(head == heads[-1] for head in heads[first:])
-    return common_path(rest) if alone and len({name.rpartition(".")[0] for name in rest}) > 1 else ""
+    beside = {head for head in heads[heads.index(own) :] if head != own}
+    if any(len(held[head]) > 1 for head in beside) or len(beside) >= len(held[own]):
+        return ""
+    return common_path(name for name, head in zip(names, heads, strict=True) if head == own)

@@ -61,7 +61,9 @@ def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None)
     streams = [_Finder(gm, weights, constant, chain).stream() for chain in find_chains(gm, constant)]
     # A sum like x + c * x**3, as in a gelu written out, has the form of a residual add and is none.
     streams = [s for s in streams if any(mixes(node) for branch in s.branches for node in branch.body)]
-    streams.sort(key=lambda stream: -len(stream.sums))
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    streams = _within_borders(sorted(streams, key=lambda stream: -order[stream.sums[0].out]))
+    streams.sort(key=lambda stream: (-len(stream.sums), order[stream.sums[0].out]))
     kept: list[ResidualStream] = []
     inside: set[fx.Node] = set()
     inner = _inner(streams)
@@ -71,10 +73,26 @@ def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None)
         kept.append(stream)
         for branch in stream.branches:
             inside |= branch.nodes
-    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+            held = sum(len(other.sums) for other in inner if other.sums[0].out in branch.nodes)
+            if held and branch.reason:
+                branch.reason += f", and holds {held} residual sum{'s' if held > 1 else ''} of its own"
     in_order = sorted(kept, key=lambda stream: order[stream.sums[0].out])
     name_branches([branch for stream in in_order for branch in stream.branches], weights, constant)
     return tuple(kept)
+
+
+def _within_borders(streams: list[ResidualStream]) -> list[ResidualStream]:
+    """Those of ``streams``, the last first, that do not begin outside a branch of another and end inside it.
+
+    A mask that is added to the scores of an attention does: the scores come from all layers that it masked before.
+    """
+    kept: list[ResidualStream] = []
+    for stream in streams:
+        first, own = stream.sums[0].out, {node for branch in stream.branches for node in branch.nodes}
+        around = [other for other in kept if other.sums[0].out not in own]
+        if not any(first in b.nodes and not own <= b.nodes for other in around for b in other.branches):
+            kept.append(stream)
+    return kept
 
 
 def _inner(streams: list[ResidualStream]) -> set[ResidualStream]:

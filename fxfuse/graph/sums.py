@@ -158,8 +158,9 @@ def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
     added: dict[fx.Node, int] = {}  # out of a sum -> bits of those and of all that was added to them
     for root, terms in flattened.items():
         data = sorted((t for t in terms if t.node not in constant), key=lambda t: order[t.node])
-        # The others may read the stream before the cast through which the sum takes it.
-        own = {t.node: bit[t.node] | bit[unlinked(t.node)] for t in terms}
+        # The others may read the stream before the cast through which the sum takes it. A sum of a lower precision than
+        # the stream has, which rounds what it adds up, would come out otherwise elsewhere.
+        own = {t.node: bit[t.node] | (bit[unlinked(t.node)] if keeps(root, t.node) else 0) for t in terms}
         stream = next((t for t in data if _feeds(own[t.node], t, terms, ancestors)), None)
         if stream is not None:
             # The others may descend from a value that was added to the stream before, or from an earlier point of it.
@@ -200,19 +201,27 @@ def beginning(stream: fx.Node) -> list[fx.Node]:
 
     That ends at the last one that others read too. Before a cast to float32, say, the first branch reads it.
     """
-    found, last, node = [stream], 1, link(stream)
-    while node is not None:
-        found.append(node)
-        last = len(found) if len(node.users) > 1 else last
-        node = link(node)
-    return found[:last]
+    found = _links(stream)
+    shared = [index for index, node in enumerate(found) if len(node.users) > 1]
+    return found[: max(shared, default=0) + 1]
+
+
+def keeps(total: fx.Node, node: fx.Node) -> bool:
+    """Whether ``total`` is as wide as all that ``node`` is a :func:`link` of."""
+    return all(widens(source, total) for source in _links(node))
+
+
+def _links(node: fx.Node) -> list[fx.Node]:
+    """``node``, what it is a :func:`link` of, and so on."""
+    found = [node]
+    while (source := link(found[-1])) is not None:
+        found.append(source)
+    return found
 
 
 def unlinked(node: fx.Node) -> fx.Node:
     """``node`` before all that :func:`link` sees through."""
-    while (source := link(node)) is not None:
-        node = source
-    return node
+    return _links(node)[-1]
 
 
 def link(node: fx.Node) -> fx.Node | None:

@@ -136,6 +136,49 @@ def test_a_norm_with_matrices_takes_no_name_away(road: str) -> None:
     assert names(traced) == ["layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp"]
 
 
+class Filtered(Decoder):
+    """What each module makes goes through a map of the layer's own (Inkling's short convolutions)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer.attn_filter, layer.mlp_filter = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 1.5
+        for index, layer in enumerate(self.layers):
+            h = h + layer.attn_filter(self.attn(index, h))
+            h = h + layer.mlp_filter(self.mlp(index, h))
+        return h
+
+
+class Loose(nn.Module):
+    """Two FFNs that are no modules, behind norms that are of several maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.Sequential(Gate(), nn.Linear(WIDTH, WIDTH)) for _ in range(2))
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.wide, self.narrow = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 1.5
+        h = h + self.down(torch.relu(self.up(self.norms[0](h))))
+        return h + self.narrow(torch.relu(self.wide(self.norms[1](h))))
+
+
+@on_both_roads
+def test_a_map_behind_a_module_takes_no_name_away(road: str) -> None:
+    assert names(trace(ready(Filtered()), vectors(), road=road)) == [
+        "layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp"
+    ]  # fmt: skip
+
+
+@on_both_roads
+def test_a_branch_of_loose_maps_has_not_the_name_of_its_norm(road: str) -> None:
+    assert names(trace(ready(Loose()), vectors(), road=road)) == ["@0", "@1"]
+
+
 class Angles(Decoder):
     """Every attention turns its input by a table that belongs to the whole model."""
 

@@ -29,6 +29,15 @@ class Net(nn.Module):
             case "scaled by weights":
                 x = self.one(x) + self.two.bias * x
                 return x * self.one.bias + self.two(x)
+            case "scaled after a shift":
+                x = (x + self.two.bias) * self.one.bias + self.one(x)
+                return self.two(x) + ((x + self.one.bias) * self.two.bias).to(x.dtype)
+            case "mixed by matrices":
+                x = self.one(x) + torch.matmul(torch.softmax(x @ x.t(), -1), x)
+                return torch.matmul(torch.softmax(x @ x.t(), -1), x) + self.two(x)
+            case "rounded":
+                x = (x.bfloat16() + self.one(x).bfloat16()).float()
+                return (self.two(x).bfloat16() + x.bfloat16()).float()
         raise AssertionError
 
 
@@ -45,6 +54,9 @@ def seen(model: nn.Module, x: Tensor) -> Census:
         ("two towers", {"linear": 2}, "no sum has an operand that the other one is computed from"),
         ("scaled by numbers", {"linear": 2}, "2 sums multiply the stream itself"),
         ("scaled by weights", {"linear": 2}, "2 sums multiply the stream itself"),
+        ("scaled after a shift", {"linear": 2}, "2 sums multiply the stream itself"),
+        ("rounded", {"linear": 2}, "2 sums are computed in a lower precision than the stream has"),
+        ("mixed by matrices", {"matmul": 4, "linear": 2}, "2 sums multiply the stream itself"),
     ],
 )
 def test_it_says_why_there_is_no_stream(form: str, products: dict[str, int], why: str) -> None:

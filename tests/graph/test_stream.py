@@ -386,6 +386,16 @@ def test_the_first_point_is_what_the_first_branch_reads_though_its_sum_takes_a_c
         assert all(branch.ffn is not None for branch in stream.branches)
 
 
+def test_a_sum_of_a_lower_precision_than_the_stream_is_no_residual_sum() -> None:
+    bodies = [Layer(SwiGLU(), add=lambda h, f: (h.float() + f.float()).to(h.dtype)) for _ in range(3)]
+
+    found = {t: trace(ready(Stream(*bodies)).to(t), vectors().to(t)).streams for t in (torch.float64, torch.bfloat16)}
+
+    assert found[torch.float64] == ()
+    (stream,) = found[torch.bfloat16]
+    assert levels(stream) == {f"layers.{index}.body": index for index in range(3)}
+
+
 class PartlyAutocast(Decoder):
     depth = 3
 
@@ -444,6 +454,37 @@ NO_SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "concatenation": lambda h, f: torch.cat((h, f), -1)[..., :WIDTH],
     "a learned mixture": lambda h, f: torch.lerp(h, f, 0.5),
 }
+
+
+class Masked(Attention):
+    """Attention by hand, under a mask of the shape of its scores."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = self.q(x) @ self.q(x).transpose(1, 2) + mask
+        return self.o(torch.softmax(scores, -1) @ self.v(x))
+
+
+class OneMask(nn.Module):
+    """Post-norm layers under one mask: from the second on, scores are the mask plus what was computed with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attns = nn.ModuleList(Masked() for _ in range(3))
+        self.mlps = nn.ModuleList(SwiGLU() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.full((x.shape[0], x.shape[1], x.shape[1]), -1e4, dtype=x.dtype).triu(1)
+        for attn, mlp in zip(self.attns, self.mlps, strict=True):
+            x = F.rms_norm(x + attn(x, mask), (WIDTH,))
+            x = F.rms_norm(x + mlp(x), (WIDTH,))
+        return x
+
+
+def test_a_mask_is_no_stream_that_hides_the_layers() -> None:
+    streams = trace(ready(OneMask()), vectors()).streams
+
+    names = [f"{part}.{index}" for index in range(3) for part in ("attns", "mlps")]
+    assert [list(levels(stream)) for stream in streams] == [[name] for name in names]
 
 
 @pytest.mark.parametrize("name", NO_SUMS)

@@ -7,8 +7,10 @@ on a number, neither copied it from the other.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 Part: TypeAlias = Literal["attention", "mixer", "ffn", "moe", "shared"]
 """``shared`` is an FFN beside routed experts, inside of the module that holds both."""
 
-_ATTENTION = re.compile(r"Attention|Attn")
-_MIXER = re.compile("Mixer|Mamba|Delta|Recurrent|ShortConv|LSTM|SSM|Lightning|LinearAttention|LinearAttn|KDA|Rwkv.*Att")
+_ATTENTION = re.compile(r"Attention|Attn|MLA$")
+_MIXER = re.compile("Mixer|Mamba|Delta|Recurrent|ShortConv|LSTM|SSM|Lightning|LinearAttention|LinearAttn|KDA")
+_MIXERS_ATTENTION = re.compile("Rwkv.*Att")  # which is none
 _FFN = re.compile("M(LP|lp)(?!Norm)|FeedForward|FFN|FFW|Ffn|ffn|Intermediate|Moe|MoE|MOE|SwiGLU|FF$|DenseActDense")
-_ROUTED = re.compile(r"Expert|Router|Top[kK]|Sparse|Mo[eE](Block|Layer)?$|MOE$")
+_ROUTED = re.compile(r"(?<!Shared)Expert|Router|Top[kK]|Sparse|Mo[eE](Block|Layer)?$|MOE$")
 _NO_BLOCK = re.compile(r"Norm|Embedding|Rotary|Mask|Activation|Cache|Dropout")
 
 
@@ -101,14 +104,16 @@ def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, n
 
 def _sites(path: str, block: nn.Module, calls: Mapping[nn.Module, list[int]]) -> list[Site]:
     found = list(_named(path, block, calls))
-    if not any(site.part in ("ffn", "moe") for site in found):
-        # No module of its own holds the FFN: its linear maps are the block's, or those of a Sequential.
-        taken = {inner for site in found for inner in _at(block, path, site.path).modules()}
-        loose = [inner for inner in block.modules() if inner not in taken and _is_map(inner) and inner in calls]
-        own = [inner for inner in loose if inner in set(block.children()) or _in_sequential(block, inner)]
-        if len(own) >= 2:
-            last = max(own, key=lambda inner: calls[inner][-1])
-            found.append(Site(path, "ffn", last, len(calls[last])))
+    # What no module of its own holds: the block's own linear maps, and where no FFN has a name those of a Sequential.
+    named = any(site.part in ("ffn", "moe") for site in found)
+    taken = {inner for site in found for inner in _at(block, path, site.path).modules()}
+    loose = [inner for inner in block.modules() if inner not in taken and _is_map(inner) and inner in calls]
+    if named:
+        loose = [inner for inner in loose if isinstance(inner, nn.Linear)]
+    own = [inner for inner in loose if inner in set(block.children()) or (not named and _in_sequential(block, inner))]
+    if len(own) >= 2:
+        last = max(own, key=lambda inner: calls[inner][-1])
+        found.append(Site(path, "ffn", last, len(calls[last])))
     return sorted(found, key=lambda site: calls[site.last][0])
 
 
@@ -122,9 +127,7 @@ def _named(path: str, module: nn.Module, calls: Mapping[nn.Module, list[int]]) -
         if part == "moe":
             yield from _shared(path, module, calls)
         return
-    if type(module).__name__.endswith("Norm") and not any(
-        _ATTENTION.search(type(m).__name__) for m in module.modules()
-    ):
+    if _role(type(module)).endswith("Norm") and not any(_ATTENTION.search(_role(type(m))) for m in module.modules()):
         return  # the matrices of a norm that gates its output are no FFN
     for name, child in module.named_children():
         yield from _named(f"{path}.{name}", child, calls)
@@ -137,20 +140,31 @@ def _shared(path: str, module: nn.Module, calls: Mapping[nn.Module, list[int]]) 
         if len(maps) > 1 and child in calls and _part(child) == "ffn":
             last = max(maps, key=lambda inner: calls[inner][-1])
             yield Site(f"{path}.{name}", "shared", last, len(calls[child]))
-        elif not _ROUTED.search(type(child).__name__) and not isinstance(child, nn.ModuleList):
+        elif not _ROUTED.search(_role(type(child))) and not isinstance(child, nn.ModuleList):
             yield from _shared(f"{path}.{name}", child, calls)
 
 
+@cache
+def _role(kind: type[nn.Module]) -> str:
+    """The name of a class without that of its family: of ``RecurrentGemmaMlp``, where there is a
+    ``RecurrentGemmaPreTrainedModel`` beside it, ``Mlp``.
+    """
+    ending = "PreTrainedModel"
+    beside = [name for name in vars(sys.modules[kind.__module__]) if name.endswith(ending)]
+    families = [family for family in (name.removesuffix(ending) for name in beside) if kind.__name__.startswith(family)]
+    return kind.__name__.removeprefix(max(families, key=len, default="")) or kind.__name__
+
+
 def _part(module: nn.Module) -> Part | None:
-    name = type(module).__name__
-    if _NO_BLOCK.search(name) or (re.search(r"Layer$|Block$|Decoder$", name) and not _FFN.search(name)):
+    name = _role(type(module))
+    if _NO_BLOCK.search(name) or re.search(r"Decoder(Layer)?$", name):
         return None
-    if _MIXER.search(name):
+    if _MIXER.search(name) or _MIXERS_ATTENTION.search(type(module).__name__):
         return "mixer"
-    if _ATTENTION.search(name):
+    if _ATTENTION.search(name) and not re.search(r"Layer$|Block$", name):
         return "attention"
-    if _FFN.search(name) and not re.search(r"Layer$", name):
-        routed = any(_ROUTED.search(type(inner).__name__) for inner in module.modules())
+    if _FFN.search(name) and (not name.endswith("Layer") or _ROUTED.search(name)):
+        routed = any(_ROUTED.search(_role(type(inner))) for inner in module.modules())
         return "moe" if routed else "ffn"
     return None
 

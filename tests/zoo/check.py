@@ -114,26 +114,24 @@ def _check(net: Net, result: Result) -> None:
     reasons = [b.reason for b in found.branches if b.kind in ("ffn", "gated_ffn") and b.reason != NO_NEIGHBOUR]
     result.refusals = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
     result.empty_error = error(_compiled(net, alone), plain)
-    planned = choose(anatomy, found.branches) if found.branches else f"no stream: {found.seen[0].why}"
+    planned = choose(anatomy, found.branches) if found.branches else _no_stream(found)
     if isinstance(planned, str):
         result.unplanned = planned
         return
     plan, blocks = planned
-    result.drop, result.group = list(plan.drop), [_plain(member) for member in plan.parallel[0]]
+    result.drop = list(plan.drop)
+    if not plan.parallel:
+        result.unplanned = "only dropped, it has no FFN"
+        _check_drops(net, plan, blocks, plain, result)
+        return
     try:
         explained = fxfuse.explain(net.model, plan=plan, **net.inputs)
     except FxfuseError as refusal:
-        result.unplanned, result.group = f"only dropped, a group is refused: {refusal}", []
+        result.unplanned = f"only dropped, a group is refused: {refusal}"
         if plan.drop:
-            try:
-                with silenced(blocks):
-                    expected = outputs(net.model, net.inputs)
-            except ValueError as reason:
-                result.unplanned += f"; not compared, because {reason}"
-                return
-            result.planned_error = error(_compiled(net, fxfuse.Plan(drop=plan.drop)), expected)
-            result.effect = error(plain, expected)
+            _check_drops(net, plan, blocks, plain, result)
         return
+    result.group = [_plain(member) for member in plan.parallel[0]]
     members = set(_flat(result.group))
     result.fused = {b.name: b.fused or b.reason for b in explained.branches if b.name in members}
     with in_parallel(blocks):
@@ -142,6 +140,24 @@ def _check(net: Net, result: Result) -> None:
     if any(ROUNDED in why for why in result.fused.values()):
         with by_default(torch.float32):
             _check_single(net.single(), plan, blocks, expected, result)
+
+
+def _no_stream(found: fxfuse.Explanation) -> str:
+    if found.graphs > 1:
+        return f"no stream: graph breaks cut it into {found.graphs} graphs, and no layer lies whole in one"
+    return f"no stream: {found.seen[0].why}"
+
+
+def _check_drops(net: Net, plan: fxfuse.Plan, blocks: Sequence[Block], plain: Tensor, result: Result) -> None:
+    """The drops of a plan alone."""
+    try:
+        with silenced(blocks):
+            expected = outputs(net.model, net.inputs)
+    except ValueError as reason:
+        result.unplanned += f"; not compared, because {reason}"
+        return
+    result.planned_error = error(_compiled(net, fxfuse.Plan(drop=plan.drop)), expected)
+    result.effect = error(plain, expected)
 
 
 def _check_single(net: Net, plan: fxfuse.Plan, blocks: Sequence[Block], exact: Tensor, result: Result) -> None:
@@ -177,25 +193,35 @@ def choose(anatomy: Anatomy, branches: Sequence[BranchInfo]) -> tuple[fxfuse.Pla
     if not anatomy.stacks:
         return "no list of layers among its modules"
     stack = anatomy.stacks[0]
-    blocks = _middle(stack)
-    if len([block for block in blocks if _has(block, "ffn", "moe")]) < 2:
-        return "fewer than two layers with an FFN"
+    with_ffn = [block for block in stack if _has(block, "ffn", "moe")]
+    if not with_ffn and any(_has(block, "ffn", "moe") for other in anatomy.stacks for block in other):
+        return "no list of layers: its attentions are in one list of modules, its FFNs in another"
+    blocks = _middle(stack) if with_ffn else stack[len(stack) // 3 : len(stack) - len(stack) // 3]
+    if len(with_ffn) == 1:
+        return "one layer with an FFN"
     own = {block.path: _branches_of(block, branches) for block in blocks}
     if any(branch.name.startswith("@") for branch in branches) and not all(own.values()):
-        return "some of its branches have no module of their own, so no name tells whose they are"
+        holds = next((f"; {b.name}: {b.reason}" for b in branches if "of its own" in b.reason), "")
+        return f"some of its branches have no module of their own, so no name tells whose they are{holds}"
     drop, members = [], []
     for block in blocks:
         mixers = [site.path for site in block.sites if site.part in ("attention", "mixer")]
-        gone = [name for name in own[block.path] if any(_inside(name, path) for path in mixers)]
-        if len(gone) < len(mixers):
-            return f"the library finds {len(gone)} of the {len(mixers)} mixers of {block.path}"
+        found = [branch.name for branch in own[block.path]]
+        gone = [name for name in found if any(_inside(name, path) for path in mixers)]
+        kept = [name for name in found if name not in gone]
+        if len(gone) < len(mixers) or (_has(block, "ffn", "moe") and not kept):
+            return _too_few(block, own[block.path])
         drop += gone
-        kept = [name for name in own[block.path] if name not in gone]
-        if _has(block, "ffn", "moe") and not kept:
-            return f"the library finds no FFN in {block.path}"
         if kept:
             members.append(kept[0] if len(kept) == 1 else tuple(kept))
-    return fxfuse.Plan(drop=drop, parallel=[members]), blocks
+    return fxfuse.Plan(drop=drop, parallel=[members] if with_ffn else []), blocks
+
+
+def _too_few(block: Block, branches: Sequence[BranchInfo]) -> str:
+    """What a layer holds, by its modules and by the library."""
+    parts = " and ".join(site.part for site in block.sites)
+    seen = ", ".join(f"{branch.name} ({branch.reason or branch.kind})" for branch in branches)
+    return f"{block.path} holds {parts}, and of that the library finds {seen or 'nothing'}"
 
 
 def _middle(stack: Sequence[Block]) -> Sequence[Block]:
@@ -215,8 +241,8 @@ def _has(block: Block, *parts: str) -> bool:
     return any(site.part in parts for site in block.sites)
 
 
-def _branches_of(block: Block, branches: Sequence[BranchInfo]) -> list[str]:
-    return [branch.name for branch in branches if _inside(branch.name, block.path)]
+def _branches_of(block: Block, branches: Sequence[BranchInfo]) -> list[BranchInfo]:
+    return [branch for branch in branches if _inside(branch.name, block.path)]
 
 
 def _inside(name: str, path: str) -> bool:

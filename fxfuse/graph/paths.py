@@ -33,18 +33,16 @@ def deeper(named: Mapping[_Key, tuple[str, Sequence[str]]]) -> dict[_Key, str]:
 
 
 def last_module(path: str, names: Sequence[str]) -> str:
-    """The last module within ``path`` that is more than a linear map; empty if there is none, or it is the lesser part.
+    """The module within ``path`` that holds more than half of the modules with parameters, if there is one; else "".
 
-    What comes before it prepares its input, as a norm with matrices of its own does; what else comes after it may be
-    single maps, as of a convolution of its output.
+    What comes before it prepares its input, as a norm with matrices of its own does; after it comes one map at most, as
+    of a convolution of its output.
     """
     depth = len(path.split(".")) if path else 0
     heads = [".".join(name.split(".")[: depth + 1]) for name in names]
     held = {head: {n.rpartition(".")[0] for n, h in zip(names, heads, strict=True) if h == head} for head in heads}
-    own = next((head for head in reversed(heads) if len(held[head]) > 1), "")
-    if not own:
+    own = max(held, key=lambda head: len(held[head]), default="")
+    if not own or len(held[own]) < 2 or 2 * len(held[own]) <= sum(map(len, held.values())):
         return ""
-    beside = {head for head in heads[heads.index(own) :] if head != own}
-    if any(len(held[head]) > 1 for head in beside) or len(beside) >= len(held[own]):
-        return ""
-    return common_path(name for name, head in zip(names, heads, strict=True) if head == own)
+    after = {module for head in heads[heads.index(own) :] if head != own for module in held[head]}
+    return common_path(name for name, head in zip(names, heads, strict=True) if head == own) if len(after) < 2 else ""

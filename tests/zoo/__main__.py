@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     catalogue, digest = entries(), _digest()
     if unknown := set(chosen.names) - set(catalogue):
         parser.error(f"no such net: {', '.join(sorted(unknown))}")
-    done = {} if chosen.names else {r.name: r for r in _read(digest, chosen.keep) if r.name in catalogue}
+    kept = [] if chosen.names else _read(digest, chosen.keep)
+    done = {r.name: r for r in kept if r.name in catalogue or r.origin == "timm"}  # which is not everywhere
     todo = [entry for name, entry in catalogue.items() if name not in done and name in (chosen.names or catalogue)]
     console = Console()
     with ThreadPoolExecutor(chosen.jobs) as pool, Progress(console=console) as progress:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress.update(task, advance=1, description=result.name)
             if result.failed or not result.exact:
                 console.print(f"{result.name}: {result.failed or 'NOT EXACT'}", markup=False, highlight=False)
-    ordered = [done[name] for name in catalogue if name in done]
+    ordered = [done[name] for name in dict.fromkeys([*catalogue, *done]) if name in done]
     if not chosen.names:
         (ROOT / "docs").mkdir(exist_ok=True)
         (ROOT / "docs" / "architectures.md").write_text(page(ordered))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,13 +84,19 @@ def entries() -> dict[str, Entry]:
 
 
 def _timm() -> list[Entry]:
-    """Vision transformers of timm with SwiGLU, where timm can be imported: it needs a torchvision that fits torch."""
-    try:
-        from timm.layers import SwiGLUPacked
-        from timm.models.eva import Eva
-        from timm.models.vision_transformer import VisionTransformer
-    except (ImportError, RuntimeError):
+    """Vision transformers of timm with SwiGLU, where timm is installed."""
+    if importlib.util.find_spec("timm") is None:
         return []
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        # PyPI has it built for CUDA. Beside a torch for CPUs its import asks for two ops that it could not load.
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    from timm.layers import SwiGLUPacked
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS, "num_classes": 0}
     kinds: dict[str, Callable[[], nn.Module]] = {
         "Eva (SwiGLU)": lambda: Eva(**sizes, swiglu_mlp=True, use_rot_pos_emb=True, scale_mlp=False),

@@ -25,7 +25,7 @@ the group, as that of a post-norm model whose FFNs have no stream in common, the
 
 Counts are *found by fxfuse / run by the modules*, shared experts among the FFNs. *Fused* says what became of the FFNs
 that the plan put in parallel: `wide`, one wide FFN; `gate_up`, their projections in one GEMM; `no`, neither. The last
-rows are of timm, where that is installed: `pip install --no-deps timm torchvision==0.28.0` beside torch 2.13, for CPUs too.
+rows are of timm, where that is installed: `pip install --no-deps timm torchvision==0.28.0`, beside torch 2.13.
 """
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo import trace_rules
 
+from fxfuse.capture import own_code
 from fxfuse.options import Compiler, Options
 from fxfuse.plan import Plan
 from fxfuse.prune import prune
@@ -53,7 +57,16 @@ def apply(
 
 
 def _compile(model: nn.Module, options: Mapping[str, object]) -> nn.Module:
-    model.compile(backend="ffnfuse", options=options)
+    own: Any = options  # torch hands on what its annotation forbids
+    model.compile(backend="ffnfuse", options=own)
+    if trace_rules.check(model.forward):
+        # Dynamo skips what is torch's own, such as nn.Sequential's forward, and would compile each child by itself.
+        call: Callable[..., object] = model._call_impl
+
+        def frame(*args: object, **kwargs: object) -> object:
+            return call(*args, **kwargs)
+
+        model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own)
     vars(model)["__deepcopy__"] = _Copier(model, options)  # copy asks the object, and not only its class
     return model
 

@@ -84,9 +84,8 @@ class _Apart:
         def call(*args: object, **kwargs: object) -> object:
             return model(*args, **kwargs)
 
-        # Dynamo keeps what it compiled with the code object; a code object of its own goes away with the function.
-        fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-        self._compiled: Callable[..., object] = torch.compile(fresh, backend=lent, dynamic=dynamic, **APART)
+        # A code object of its own goes away with the function.
+        self._compiled: Callable[..., object] = torch.compile(own_code(call), backend=lent, dynamic=dynamic, **APART)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self._compiled(*args, **kwargs)
@@ -99,6 +98,13 @@ def _lend(made: weakref.ref[Callable[..., object]]) -> Callable[..., object]:
         return own(*args)
 
     return run
+
+
+def own_code(function: Callable[..., object]) -> Callable[..., object]:
+    """A copy of a Python function with a code object of its own: Dynamo keeps what it compiled with that."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
 def capture(model: nn.Module, *args: object, **kwargs: object) -> tuple[Captured, ...]:

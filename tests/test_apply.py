@@ -50,6 +50,22 @@ class TestTheModel:
         assert type(model) is kind
         assert list(model.state_dict()) == [key for key in keys if not key.startswith("model.layers.1.self_attn")]
 
+    def test_a_sequential_is_one_graph(self) -> None:
+        """Dynamo skips the frame of torch's own class."""
+        tower, x, compiler = Tower(3), vectors(), Counter()
+        model = nn.Sequential(*tower.layers)
+        expected = [model[2](model[0](x)), model[0](x)]
+        fxfuse.apply(model, Plan(drop=["1.mlp"]), inner=compiler, example=x)
+
+        assert_exact([model(x)], expected[:1])
+        assert len(compiler) == 1
+
+        model = nn.Sequential(*Tower(3).layers)
+        fxfuse.apply(model, Plan(parallel=[["1.mlp", "2.mlp"]]), inner="eager")
+        h, (_, second, third) = expected[1], model
+        parallel = h + second.mlp(second.norm(h)) + third.mlp(third.norm(h))
+        assert_exact([model(x), copy.deepcopy(model)(x)], [parallel, parallel])
+
     def test_it_takes_the_path_of_a_plan(self, tmp_path: Path) -> None:
         model, x = Tower(3), vectors()
         Plan(parallel=[model.mlps]).save(tmp_path / "plan.json")

@@ -2,7 +2,7 @@
 
 Dropping attention in a graph leaves its keys and values, because the cache that they are written to is an output. So
 the module is replaced by one that returns zeros, in the layout that the original was seen to return. Which layout that
-is, and whether the module feeds a cache, is learnt from one call with hooks; nothing here knows a model.
+is, and whether the module feeds a cache, is learnt from one call; nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.hooks import RemovableHandle
 
 from fxfuse.errors import FxfuseError, PruneError, nearest
 from fxfuse.plan import Plan
@@ -209,14 +208,12 @@ def _call(model: nn.Module, example: Example) -> object:
 
 
 def _learn(model: nn.Module, targets: Mapping[str, nn.Module], example: Example) -> dict[str, _Seen]:
-    """Call the model once with hooks on ``targets``."""
+    """Call the model once and watch ``targets``."""
     seen: dict[str, list[_Seen]] = {name: [] for name in targets}
-    handles = [handle for name, module in targets.items() for handle in _watch(name, module, seen[name])]
-    try:
+    with ExitStack() as watching:
+        for name, module in targets.items():
+            watching.enter_context(_watched(name, module, seen[name]))
         _call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, calls in seen.items():
         if len(calls) != 1:
             raise PruneError(
@@ -225,21 +222,27 @@ def _learn(model: nn.Module, targets: Mapping[str, nn.Module], example: Example)
     return {name: calls[0] for name, calls in seen.items()}
 
 
-def _watch(name: str, module: nn.Module, seen: list[_Seen]) -> tuple[RemovableHandle, RemovableHandle]:
-    """Let each call of ``module`` add to ``seen`` what it taught."""
-    before: list[_Lengths | None] = []
+@contextmanager
+def _watched(name: str, module: nn.Module, seen: list[_Seen]) -> Iterator[None]:
+    """Let each call of ``module`` add to ``seen`` what it taught: of its ``forward``, which some models call by name.
 
-    def enter(_: nn.Module, args: Sequence[object], kwargs: dict[str, object]) -> None:
-        before.append(_lengths(args, kwargs))
+    No hook would see those calls.
+    """
+    own, forward = vars(module).get("forward"), module.forward
 
-    def leave(_: nn.Module, args: Sequence[object], kwargs: dict[str, object], output: object) -> None:
-        first = _is_first(before.pop(), _lengths(args, kwargs))
-        seen.append(_observe(name, args, kwargs, output, first))
+    def watch(*args: object, **kwargs: object) -> object:
+        before = _lengths(args, kwargs)
+        output = forward(*args, **kwargs)
+        seen.append(_observe(name, args, kwargs, output, _is_first(before, _lengths(args, kwargs))))
+        return output
 
-    return (
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave, with_kwargs=True),
-    )
+    module.forward = watch
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _observe(name: str, args: Sequence[object], kwargs: Mapping[str, object], output: object, first: bool) -> _Seen:

@@ -449,6 +449,21 @@ class TestOtherModels:
 
         assert torch.equal(model(x), third(first(x)))
 
+    def test_a_module_whose_forward_is_called_by_name(self) -> None:
+        class ByName(Tower):
+            """As llama2.c and mistral-inference call their layers' parts."""
+
+            def forward(self, x: Tensor) -> Tensor:
+                for layer in self.layers:
+                    x = x + layer.mlp.forward(layer.norm.forward(x))
+                return x
+
+        model, x = ByName(3), vectors()
+        first, _, third = model.layers
+        fxfuse.prune(model, Plan(drop=["layers.1.mlp"]), x)
+
+        assert torch.equal(model(x), third(first(x)))
+
     def test_a_compiled_model_stays_compiled(self) -> None:
         model, x = Tower(3), vectors()
         first, _, third = model.layers

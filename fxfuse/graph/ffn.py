@@ -155,7 +155,7 @@ class Recogniser:
         node, outer, scale = contribution, None, ONE
         gains: list[fx.Node] = []
         while (found := op(node)) is not None:
-            source = passed_on(node, found)
+            source = passed_on(node, found, dtype(contribution))
             if source is not None:
                 node = source
                 continue

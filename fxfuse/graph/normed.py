@@ -40,7 +40,7 @@ def normed(output: fx.Node, width: int, weights: Container[fx.Node]) -> Normed:
     node = output
     shift: fx.Node | None = None
     while (found := op(node)) is not None:
-        source = passed_on(node, found)
+        source = passed_on(node, found, dtype(output))
         if source is not None:
             node = source
             continue

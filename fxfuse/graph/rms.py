@@ -7,7 +7,8 @@ from torch import fx
 from fxfuse.graph.normed import Normed
 from fxfuse.graph.ops import Op, op
 from fxfuse.graph.parts import is_last
-from fxfuse.graph.values import widens
+from fxfuse.graph.rows import passed_on
+from fxfuse.graph.values import dtype, widens
 
 
 def rms(normed: Normed) -> tuple[fx.Node, float] | None:
@@ -15,8 +16,9 @@ def rms(normed: Normed) -> tuple[fx.Node, float] | None:
 
     Casts in between may only widen: what was narrowed is another x.
     """
-    node = _before_casts(normed.bare, widening=False)
-    found = op(node)
+    node, found = normed.bare, op(normed.bare)
+    while found is not None and found.name == "cast" and (source := passed_on(node, found, dtype(normed.output))):
+        node, found = source, op(source)
     if found is None:
         return None
     if found.name == "rms_norm":
@@ -71,10 +73,10 @@ def _squared(found: Op) -> fx.Node | None:
     return source if found.name == "mul" and source is found.node("other") else None
 
 
-def _before_casts(node: fx.Node, widening: bool = True) -> fx.Node:
-    """``node`` before casts, all of them or those that lose nothing."""
+def _before_casts(node: fx.Node) -> fx.Node:
+    """``node`` before casts that lose nothing."""
     while (found := op(node)) is not None and found.name == "cast" and (source := found.node("input")) is not None:
-        if widening and not widens(source, node):
+        if not widens(source, node):
             break
         node = source
     return node

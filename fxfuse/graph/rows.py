@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxfuse.graph.ops import Op, drops_randomly, op
-from fxfuse.graph.values import dtype, last_dim
+from fxfuse.graph.values import dtype, holds, last_dim
 
 _VIEWS = ("view", "flatten", "unflatten", "squeeze", "unsqueeze")
 
@@ -24,16 +25,21 @@ def without_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def passed_on(node: fx.Node, found: Op) -> fx.Node | None:
+def passed_on(node: fx.Node, found: Op, read: torch.dtype | None) -> fx.Node | None:
     """The input of a node that passes its value on: a cast, a view of rows, an idle dropout.
 
-    A cast does only where both dtypes are known: whoever takes it off must be able to put it back.
+    A cast does only where both dtypes are known, since whoever takes it off must be able to put it back, and where it
+    rounds no further than ``read``, the dtype that the value is read in at last: to integers or float8 and back is
+    another function.
     """
     source = found.node("input")
     if found.name in ("contiguous", "clone") or (found.name == "dropout" and not drops_randomly(found)):
         return source
     if found.name == "cast":
-        return source if source is not None and dtype(source) is not None and dtype(node) is not None else None
+        made = dtype(node)
+        if source is None or dtype(source) is None or made is None or read is None:
+            return None
+        return source if holds(made, read) else None
     return viewed(node, found)
 
 

@@ -99,7 +99,19 @@ def is_floating(node: fx.Node) -> bool:
 def widens(source: fx.Node, made: fx.Node) -> bool:
     """Whether ``made`` has a dtype that holds every value of ``source``'s."""
     first, second = dtype(source), dtype(made)
-    return first is not None and second is not None and torch.promote_types(first, second) == second
+    return first is not None and second is not None and holds(second, first)
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of dtype ``narrow`` is one of ``wide``; an integer dtype is held by itself alone.
+
+    Not by promotion, which float8 does not have, and by which bfloat16 would hold any integer.
+    """
+    if wide == narrow or not (wide.is_floating_point and narrow.is_floating_point):
+        return wide == narrow
+    one, other = torch.finfo(wide), torch.finfo(narrow)
+    least = one.smallest_normal * one.eps <= other.smallest_normal * other.eps
+    return one.eps <= other.eps and one.max >= other.max and least
 
 
 WEIGHT = "fxfuse_weight"

@@ -84,7 +84,7 @@ SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
     "idle dropout": (lambda h, f: h + F.dropout(f, 0.1, training=False), 1),
     "dropout of p=0": (lambda h, f: h + F.dropout(f, 0.0, training=True), 1),
     "cast": (lambda h, f: h + f.to(h.dtype), 1),
-    "cast and a factor": (lambda h, f: h + (f * 0.5).to(torch.float32).to(torch.float64), 0.5),
+    "cast and a factor": (lambda h, f: h + (f * 0.5).to(torch.float64), 0.5),
     "dropout of the sum": (lambda h, f: F.dropout(h + f, 0.1, training=False), 1),
     "h += f": (add_in_place, 1),
     "h.add_(f)": (lambda h, f: h.add_(f), 1),

@@ -543,6 +543,27 @@ def test_a_gain_is_folded_only_where_that_spares_no_rounding(inside: bool, road:
     ] * (2 if inside else 0)
 
 
+class Rounded(nn.RMSNorm):
+    """Its output is rounded further than the dtype that it is read in, as for a quantised product."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(WIDTH)
+        self.rounding = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(self.rounding).to(x.dtype)
+
+
+@on_both_roads
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float32])
+def test_a_gain_under_a_rounding_cast_is_not_folded(dtype: torch.dtype, road: str) -> None:
+    """The rounding of a product with the gain is not the product of the rounding with it."""
+    _, report = fused(Side(*(Layer(SwiGLU(), Rounded(dtype)) for _ in range(2))), road, linears=None)
+
+    assert not report.done
+    assert all("its norm differs" in edit.detail for edit in report.refused)
+
+
 @torch.no_grad()
 def test_a_gain_in_the_dtype_that_is_read_or_a_wider_one_is_folded() -> None:
     model = ready(Side(*(Layer(SwiGLU(), SingleNorm(True)) for _ in range(2)))).bfloat16()

@@ -48,6 +48,11 @@ class GLU(nn.Module):
         return self.down(self.glu(self.up(x)))
 
 
+def tensor_split_glu(x: Tensor) -> Tensor:
+    gate, up = x.tensor_split(2, -1)
+    return F.silu(gate) * up
+
+
 class Matrices(nn.Module):
     """Two matrices, and how they are applied: ``up(x, w)`` and ``down(x, w)``."""
 
@@ -271,6 +276,9 @@ WIDE: dict[str, Callable[[], Layer | nn.Module]] = {
         lambda x, w: torch.einsum("bsd,df->bsf", x, w), lambda x, w: torch.einsum("...f,fd->...d", x, w),
         shapes="[in, out]",
     ),
+    "packed, split by tensor_split": lambda: GLU(tensor_split_glu),
+    "units masked": lambda: MLP(activation=lambda x: x.masked_fill(x < 0.1, 0.0)),
+    "added as the sum of a stack": lambda: Layer(SwiGLU(), add=lambda h, f: torch.stack([h, f]).sum(0)),
     "activation with learned numbers": XIELU,
     "activation with a number for each unit": lambda: Changed(inside=lambda m, y: y * m.alpha, alpha=vector(HIDDEN)),
     "idle dropout": lambda: MLP(activation=lambda x: F.dropout(F.gelu(x), 0.1, False)),
@@ -304,6 +312,12 @@ OTHERS: dict[str, Style] = {
     "gated shared expert": Style(lambda: Shared(gated=True), "gate_up", "a gate on the output"),
     "gain for each position": Style(
         lambda: Changed(after=lambda m, f, x: f * m.gamma, gamma=vector(3, WIDTH)), "gate_up", "a product of two values"
+    ),
+    "output in integers": Style(
+        lambda: Changed(after=lambda m, f, x: (8 * f).to(torch.int32).to(f.dtype)), "gate_up", "projection but cast"
+    ),
+    "output in float8": Style(
+        lambda: Changed(after=lambda m, f, x: f.to(torch.float8_e4m3fn).to(f.dtype)), "gate_up", "projection but cast"
     ),
     "dropout in training": Style(
         lambda: MLP(activation=lambda x: F.dropout(F.gelu(x), 0.25, True)), "", "dropout with p=0.25"

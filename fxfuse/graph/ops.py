@@ -76,6 +76,7 @@ _TABLE: tuple[_Spelling, ...] = (
     _row("maximum", "input other", (torch.maximum,), "maximum", "maximum"),
     _row("minimum", "input other", (torch.minimum,), "minimum", "minimum"),
     _row("where", "condition input other", (torch.where,), "", "where"),
+    _row("masked_fill", "input mask value", (torch.masked_fill,), "masked_fill masked_fill_", "masked_fill masked_fill_"),
     _row("gt", "input other", (operator.gt, torch.gt), "gt __gt__", "gt"),
     _row("ge", "input other", (operator.ge, torch.ge), "ge __ge__", "ge"),
     _row("lt", "input other", (operator.lt, torch.lt), "lt __lt__", "lt"),
@@ -144,9 +145,11 @@ _TABLE: tuple[_Spelling, ...] = (
     _row("narrow", "input dim start length", (torch.narrow,), "narrow", "narrow"),
     _row("select", "input dim index", (torch.select,), "select", "select"),
     _row("chunk", "input chunks dim", (torch.chunk,), "chunk", "chunk"),
+    _row("tensor_split", "input sections dim", (torch.tensor_split,), "tensor_split", "tensor_split"),
     _row("split", "input sizes dim", (torch.split, torch.functional.split), "split", "split split_with_sizes"),
     _row("unbind", "input dim", (torch.unbind,), "unbind", "unbind"),
     _row("cat", "tensors dim", (torch.cat, torch.concat), "", "cat"),
+    _row("stack", "tensors dim", (torch.stack,), "", "stack"),
     _row("zeros_like", "input", (torch.zeros_like,), "new_zeros", "zeros_like"),
 )  # fmt: skip
 
@@ -174,7 +177,7 @@ _POSITIONS: dict[Target, tuple[str, ...]] = {
 
 POINTWISE = frozenset(
     "add sub rsub mul div neg pow square sqrt rsqrt reciprocal abs exp expm1 log log1p erf sin cos sign addcmul clamp "
-    "maximum minimum where gt ge lt le silu gelu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid "
+    "maximum minimum where masked_fill gt ge lt le silu gelu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid "
     "hardtanh softplus softsign logsigmoid sigmoid tanh cast clone contiguous dropout".split()
 )
 """Ops whose value at a place depends on their inputs at that place alone."""
@@ -186,7 +189,7 @@ MATMUL = frozenset("linear matmul addmm bmm baddbmm einsum conv sdpa mha".split(
 """Ops that mix the features of a token (or tokens): what a norm never contains."""
 
 VIEWS = frozenset(
-    "view flatten unflatten squeeze unsqueeze expand transpose t permute getitem slice narrow select chunk split unbind "
+    "view flatten unflatten squeeze unsqueeze expand transpose t permute getitem slice narrow select chunk split tensor_split unbind "
     "cast contiguous detach dropout".split()
 )
 """Ops whose output may share memory with their input."""

@@ -27,6 +27,9 @@ def last_dim_part(node: fx.Node) -> tuple[fx.Node, _Rows] | None:
                 return whole, lambda width: _chunk(width, parts.args.get("chunks"), index)
             if parts.name == "split" and is_last(parts.args.get("dim", 0), whole):
                 return whole, lambda width: _split(width, parts.args.get("sizes"), index)
+            sections = parts.args.get("sections")
+            if parts.name == "tensor_split" and isinstance(sections, int) and is_last(parts.args.get("dim", 0), whole):
+                return whole, lambda width: _tensor_split(width, sections, index)
             return None
         cut = _last_slice(index, source)
         return None if cut is None else (source, lambda width: cut.indices(width))
@@ -67,6 +70,12 @@ def _split(width: int, sizes: object, index: int) -> tuple[int, int, int]:
     index = index % len(sizes)
     start = sum(sizes[:index])
     return start, start + sizes[index], 1
+
+
+def _tensor_split(width: int, sections: int, index: int) -> tuple[int, int, int]:
+    """The first parts are longer by one where the width is no multiple."""
+    least, longer = divmod(width, sections)
+    return _split(width, [least + (part < longer) for part in range(sections)], index)
 
 
 def _last_slice(index: object, node: fx.Node) -> slice | None:

@@ -4,6 +4,7 @@
 |---|---|
 | ``x.type_as(y)`` | ``x.to(dtype)`` |
 | ``torch.addcmul(h, w, x)`` | ``h + w * x`` |
+| ``torch.stack([h, f]).sum(0)`` | ``h + f`` |
 | ``F.glu(x)`` | ``a, b = x.chunk(2, -1); a * sigmoid(b)`` |
 | ``einsum("bsd,fd->bsf", x, w)`` | ``F.linear(x, w)``, or ``x @ w`` for ``"bsd,df->bsf"`` |
 | ``x.unflatten(-1, (2, n))[..., 0, :]``, ``x.unflatten(-1, (n, 2))[..., 0]`` | ``x[..., 0:n:1]``, ``x[..., 0::2]`` |
@@ -65,6 +66,8 @@ def _translated(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return graph.call_method("to", (source, found.args["dtype"]))
     if found.name == "addcmul":
         return _addcmul(graph, node, found)
+    if found.name == "sum" and source is not None:
+        return _sum_of_stack(graph, node, found, source)
     if found.name == "glu" and source is not None and is_last(found.args.get("dim", -1), source):
         return _glu(graph, source)
     return _product(graph, node) if found.name == "einsum" else None
@@ -80,6 +83,52 @@ def _addcmul(graph: fx.Graph, node: fx.Node, found: Op) -> fx.Node | None:
     product.meta = dict(node.meta)
     factor = found.args.get("value", 1)
     return graph.call_function(torch.add, (start, product), {} if factor == 1 else {"alpha": factor})
+
+
+def _sum_of_stack(graph: fx.Graph, node: fx.Node, found: Op, source: fx.Node) -> fx.Node | None:
+    """As adds. Of more than two in half precision a sum rounds once, and adds would each time."""
+    dim, kind, sizes = found.args.get("dim"), dtype(node), shape(source)
+    dim = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
+    if not isinstance(dim, int) or sizes is None or found.args.get("keepdim", False) is not False:
+        return None
+    parts = _stacked(source, dim % len(sizes))
+    if kind is None or not kind.is_floating_point or any(dtype(part) != kind for part in parts):
+        return None
+    if len(parts) < 2 or (len(parts) > 2 and kind.itemsize < 4):
+        return None
+    made, *others = parts
+    for part in others:
+        made = graph.call_function(torch.add, (made, part))
+        made.meta = dict(node.meta)
+    return made
+
+
+def _stacked(node: fx.Node, dim: int) -> list[fx.Node]:
+    """What ``node`` is a stack of along ``dim``; torch.export's decompositions write one with ``cat``."""
+    found, sizes = op(node), shape(node)
+    if found is None or sizes is None:
+        return []
+    if found.name == "stack":
+        return _joined(found, dim, len(sizes))
+    if found.name == "cat":
+        return [row for part in _joined(found, dim, len(sizes)) if (row := _unsqueezed(part, dim, len(sizes)))]
+    joined = op(source) if found.name == "view" and (source := found.node("input")) is not None else None
+    rows = _joined(joined, dim, len(sizes) - 1) if joined is not None and joined.name == "cat" else []
+    rest = (*sizes[:dim], *sizes[dim + 1 :])
+    return rows if len(rows) == sizes[dim] and all(shape(each) == rest for each in rows) else []
+
+
+def _joined(found: Op, dim: int, rank: int) -> list[fx.Node]:
+    """The operands of a stack or a cat, if it is one along ``dim``."""
+    place, parts = found.args.get("dim", 0), found.args.get("tensors")
+    along = isinstance(place, int) and place % rank == dim
+    return [part for part in parts if isinstance(part, fx.Node)] if along and isinstance(parts, list | tuple) else []
+
+
+def _unsqueezed(node: fx.Node, dim: int, rank: int) -> fx.Node | None:
+    found = op(node)
+    place = found.args.get("dim") if found is not None and found.name == "unsqueeze" else None
+    return found.node("input") if found is not None and isinstance(place, int) and place % rank == dim else None
 
 
 def _glu(graph: fx.Graph, source: fx.Node) -> fx.Node:

@@ -15,6 +15,7 @@ from fxfuse.graph.ops import Op, drops_randomly, op
 from fxfuse.graph.order import written_memory
 from fxfuse.graph.values import dtype, same_shape, value
 from fxfuse.passes.base import Edit, PassReport, erase_dead, transaction
+from fxfuse.passes.dialect import translate
 from fxfuse.passes.normal import normalise
 from fxfuse.passes.sizes import record_sizes
 
@@ -37,6 +38,7 @@ def simplify(gm: fx.GraphModule, inputs: Sequence[object] | None = None) -> Pass
         report.done += normalise(gm)
         if inputs is not None and record_sizes(gm, inputs):
             report.done.append(Edit((), "recorded the sizes of all values"))
+            report.done += [Edit((name,), "translated") for name in translate(gm.graph)]  # what only sizes tell
         written = written_memory(gm.graph)
         for node in list(gm.graph.nodes):
             found = op(node)

@@ -36,6 +36,8 @@ TRANSLATED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], list[str
     "einsum of [in, out]": (lambda x, w, v: einsum("bsd,df->bsf", x, v), ["matmul"]),
     "einsum with the matrix first": (lambda x, w, v: einsum("fd, bsd -> bsf", w, x), ["linear"]),
     "einsum with dots": (lambda x, w, v: einsum("...d,fd->...f", x, w), ["linear"]),
+    "sum of a stack": (lambda x, w, v: torch.stack([x, torch.tanh(x), x]).sum(0), ["tanh", "add", "add"]),
+    "sum of a stack on the last dimension": (lambda x, w, v: torch.stack([x, x], dim=3).sum(-1), ["add"]),
     "einsum of two matrices": (lambda x, w, v: einsum("bd,fd->bf", x[0], w), ["getitem", "linear"]),
 }
 
@@ -50,6 +52,12 @@ KEPT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "a diagonal": lambda x, w, v: einsum("bsd,dd->bsd", x, torch.ones(WIDTH, WIDTH).to(x)),
     "a gain": lambda x, w, v: einsum("bsd,d->bsd", x, w[0]),
     "three operands": lambda x, w, v: einsum("bsd,fd,df->bsf", x, w, v),
+    "sum of a stack over tokens": lambda x, w, v: torch.stack([x, x]).sum(2),
+    "sum of a stack that stays one": lambda x, w, v: torch.stack([x, x]).sum(0, keepdim=True),
+    "sum of a stack in another dtype": lambda x, w, v: torch.stack([x, x]).sum(0, dtype=torch.float32),
+    "sum of many in half precision": lambda x, w, v: torch.stack([x.half()] * 3).sum(0),
+    "sum of a cat": lambda x, w, v: torch.cat([x, x]).sum(0),
+    "mean of a stack": lambda x, w, v: torch.stack([x, x]).mean(0),
     "no arrow": lambda x, w, v: einsum("bsd,fd", x, w),
 }
 
@@ -84,6 +92,20 @@ def test_what_only_looks_alike_stays(road: str) -> None:
         assert translate(traced.gm.graph) == [], name
         after = [node.target for node in traced.gm.graph.nodes if node.op == "call_function"]
         assert after == before or road == "export", name
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_a_stack_in_the_words_of_decompositions(dim: int) -> None:
+    model = ready(Function(lambda x, w, v: torch.stack([x, torch.tanh(x)], dim).sum(dim)))
+    gm = torch.export.export(model, (vectors(),)).run_decompositions().module()
+    assert isinstance(gm, torch.fx.GraphModule)
+
+    assert len(translate(gm.graph)) == 1
+    gm.recompile()
+
+    assert [found.name for node in gm.graph.nodes if (found := op(node)) is not None] == ["tanh", "add"]
+    with torch.no_grad():
+        assert_same(flat_tensors(gm(vectors())), model(vectors()))
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH, elementwise_affine=False)], ids=["", "bare"])

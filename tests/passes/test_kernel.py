@@ -24,6 +24,7 @@ from tests.test_styles import STYLES, side_by_side
 GROUP = Plan(parallel=[["layers.0.body", "layers.1.body"]])
 WITHOUT = {
     "clamped",
+    "units masked",
     "multiplied gate",
     "activation with learned numbers",
     "activation with a number for each unit",

@@ -259,6 +259,12 @@ def in_place(block: Block, h: Tensor, f: Tensor) -> Tensor:
     return h
 
 
+def in_place_on_a_copy(block: Block, h: Tensor, f: Tensor) -> Tensor:
+    h = h.clone()
+    h += f
+    return h
+
+
 # What a home-made FFN, norm or residual becomes: "wide", "gate_up", or words of the reason why it is left alone.
 CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gate last": (lambda: Block(Pair(halves)), "wide"),
@@ -280,6 +286,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one gain": (lambda: Block(MLP(), OneNumber), "wide"),
     "addcmul": (lambda: Block(MLP(), add=lambda b, h, f: torch.addcmul(h, b.vector, f, value=0.5)), "wide"),
     "in place": (lambda: Block(MLP(), add=in_place), "wide"),
+    "in place on a copy": (lambda: Block(MLP(), add=in_place_on_a_copy), "wide"),
     "a gate of the input": (
         lambda: Block(MLP(), add=lambda b, h, f: h + torch.sigmoid(b.norm2(h)) * f),
         "as of a gate on the output",

@@ -1,7 +1,7 @@
 """Simplify: one dialect, and nothing in the stream that computes nothing.
 
 Exact. It brings the graph into normal form (:mod:`fxfuse.passes.normal`), and removes casts to the dtype at hand, idle
-dropout and added zeros.
+dropout, added zeros, and copies that nobody writes to or hands out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from fxfuse.graph.ops import Op, drops_randomly, op
+from fxfuse.graph.ops import VIEWS, Op, drops_randomly, op
 from fxfuse.graph.order import written_memory
 from fxfuse.graph.values import dtype, same_shape, value
 from fxfuse.passes.base import Edit, PassReport, erase_dead, transaction
@@ -61,6 +61,8 @@ def _identity(node: fx.Node, found: Op) -> fx.Node | None:
         return source if plain and "memory_format" not in node.kwargs else None
     if found.name == "dropout" and not drops_randomly(found) and not found.inplace:
         return source
+    if found.name == "clone" and "memory_format" not in found.args:
+        return source if all(_only_computes(user) for user in node.users) else None
     if found.name == "add" and not found.inplace:
         for one, other in (("input", "other"), ("other", "input")):
             zeros, kept = found.args.get(one), found.node(other)
@@ -71,6 +73,12 @@ def _identity(node: fx.Node, found: Op) -> fx.Node | None:
             if value(kept) is not None and same_shape(kept, node) and dtype(kept) == dtype(node):
                 return kept
     return None
+
+
+def _only_computes(node: fx.Node) -> bool:
+    """Whether what ``node`` makes cannot be the memory of an input, which the caller might get to write to."""
+    found = op(node)
+    return found is not None and found.name not in VIEWS
 
 
 def _is_zeros(argument: object) -> bool:

@@ -65,6 +65,7 @@ REMOVED: dict[str, tuple[Callable[..., object], str]] = {
     "Python's sum": (lambda m, x: sum([x * 2, x * 3]), "removed add"),
     "zero added": (lambda m, x: torch.add(x * 2, 0, alpha=3), "removed add"),
     "scaled zeros added": (lambda m, x: torch.add(x * 2, torch.zeros_like(x), alpha=3), "removed add"),
+    "a copy": (lambda m, x: x.clone() + 1, "removed clone"),
     "zeros of one number": (lambda m, x: x * 2 + torch.zeros_like(x[0, 0]), "removed add"),
 }
 
@@ -123,7 +124,16 @@ def dropped_then_written(m: nn.Module, x: Tensor) -> Tensor:
     return h
 
 
+def copied_then_written(m: nn.Module, x: Tensor) -> Tensor:
+    h = x.clone()
+    h.view(-1).mul_(3)
+    return h + x
+
+
 KEPT: dict[str, Callable[..., object]] = {
+    "a copy that is handed out": lambda m, x: x.clone(),
+    "a view of one that is": lambda m, x: x.clone().view(-1),
+    "a copy that is written through a view": copied_then_written,
     "a cast that rounds": lambda m, x: (x * 2).to(torch.float32) + 1,
     "a cast there and back": lambda m, x: (x * 2).to(torch.float32).to(torch.float64) + 1,
     "zeros that broadcast": lambda m, x: x[:, :1] * 2 + torch.zeros_like(x),

@@ -67,7 +67,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.branches:
-            lines = [f"no residual stream in {self.graphs} graph(s)"]
+            lines = [f"no residual stream in {self.graphs} graph(s){self._broken}"]
             lines += [f"graph {number}: {each}" for number, each in enumerate(self.seen)]
             return "\n".join([*lines, REPORT])
         header = ("branch", "kind", "reads", "parameters", "plan", "fused", "reason")
@@ -77,8 +77,12 @@ class Explanation:
                  for row in [header, tuple("-" * width for width in [*widths, 6]), *rows]]  # fmt: skip
         kinds = [branch.kind for branch in self.branches]
         summary = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        lines.append(f"{summary} in {self.graphs} graph(s), {self.nodes:,} nodes")
+        lines.append(f"{summary} in {self.graphs} graph(s), {self.nodes:,} nodes{self._broken}")
         return "\n".join(lines)
+
+    @property
+    def _broken(self) -> str:
+        return "; TORCH_LOGS=graph_breaks shows what cut the model into several" if self.graphs > 1 else ""
 
     def to_json(self) -> str:
         """The same as JSON: ``{"graphs": ..., "nodes": ..., "branches": [...], "seen": [...]}``.

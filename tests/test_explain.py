@@ -187,6 +187,12 @@ class Broken(Tower):
         return x
 
 
+def test_a_model_in_several_graphs_says_how_to_find_what_cuts_it() -> None:
+    assert "graph_breaks" not in str(fxfuse.explain(Tower(3), vectors()))
+    assert "3 gated_ffn in 3 graph(s)" in str(broken := fxfuse.explain(Broken(3), vectors()))
+    assert "TORCH_LOGS=graph_breaks" in str(broken)
+
+
 class TestManyTimes:
     @pytest.mark.parametrize("kind", [Tower, Broken])
     def test_every_one_finds_the_same(self, kind: type[Tower]) -> None:

@@ -23,7 +23,8 @@ OPAQUE = {
     "_transformer_encoder_layer_fwd": (
         "PyTorch computes whole encoder layers as one op each; torch.backends.mha.set_fastpath_enabled(False) before "
         "the model is called shows what they consist of"
-    )
+    ),
+    "invoke_subgraph": "torch.compiler.nested_compile_region makes one op of each region; without it they are traced",
 }
 """Ops that hold branches inside, and how to have them traced."""
 

@@ -66,6 +66,23 @@ def test_it_says_why_there_is_no_stream(form: str, products: dict[str, int], why
     assert why in str(found)
 
 
+class Region(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.down(torch.tanh(self.up(h)))
+
+
+def test_it_says_what_hides_the_layers() -> None:
+    found = seen(nn.Sequential(Region(), Region()), torch.randn(3, 8))
+
+    assert found.sums == 0
+    assert "nested_compile_region" in str(found)
+
+
 def test_it_counts_residual_sums() -> None:
     found = seen(Tower(3), vectors())
 

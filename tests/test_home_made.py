@@ -126,10 +126,20 @@ class ByRows(nn.Module):
         self.silent = False
 
     def forward(self, h: Tensor) -> Tensor:
-        if not self.silent:
-            h = h + self.attn(self.norm1(h))
+        return self.rows(h if self.silent else h + self.attn(self.norm1(h)))
+
+    def rows(self, h: Tensor) -> Tensor:
         rows = h.reshape(-1, WIDTH)
         return (rows + self.ffn(self.norm2(h).reshape(-1, WIDTH))).reshape(h.shape)
+
+
+class AllByRows(ByRows):
+    """Norms on tokens of a batch, all sums on rows."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not self.silent:
+            h = (h.reshape(-1, WIDTH) + self.attn(self.norm1(h)).reshape(-1, WIDTH)).view(h.shape)
+        return self.rows(h)
 
 
 class OneNumber(nn.Module):
@@ -283,6 +293,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an activation in many steps": (lambda: Block(Iterated()), "wide"),
     "an activation that no table has": (lambda: Block(Arc()), "wide"),
     "rows": (ByRows, "wide"),
+    "all sums on rows": (AllByRows, "wide"),
     "one gain": (lambda: Block(MLP(), OneNumber), "wide"),
     "addcmul": (lambda: Block(MLP(), add=lambda b, h, f: torch.addcmul(h, b.vector, f, value=0.5)), "wide"),
     "in place": (lambda: Block(MLP(), add=in_place), "wide"),

@@ -530,3 +530,24 @@ def test_an_unknown_name_is_an_error_with_the_nearest_names() -> None:
     assert stream["layers.1.body"].kind == "ffn"
     with pytest.raises(PlanError, match=r"'layers\.1\.bodi'.*nearest: layers\.1\.body"):
         stream["layers.1.bodi"]
+
+
+class Rows(Layer):
+    """Its norm reads tokens of a batch, its sum is one of rows: ``again`` makes them of the tokens."""
+
+    def __init__(self, again: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(SwiGLU(), nn.LayerNorm(WIDTH))
+        self.again = again
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (self.again(h) + self.again(self.branch(h))).view(h.shape).to(h.dtype)
+
+
+@on_both_roads
+@pytest.mark.parametrize(
+    "again", [lambda x: x.reshape(-1, WIDTH), lambda x: x.view(-1, 1, WIDTH), lambda x: x.contiguous().double()]
+)
+def test_the_first_sum_may_be_of_a_view_of_what_its_branch_reads(again: Callable[[Tensor], Tensor], road: str) -> None:
+    stream = trace(ready(Stream(Rows(again), Rows(again))), vectors(), road=road).stream
+
+    assert levels(stream) == {"layers.0.body": 0, "layers.1.body": 1}

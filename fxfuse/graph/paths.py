@@ -28,8 +28,14 @@ def deeper(named: Mapping[_Key, tuple[str, Sequence[str]]]) -> dict[_Key, str]:
     counts = Counter(path for path, _ in named.values())
     above = {".".join(parts[:k]) for parts in (path.split(".") for path in counts) for k in range(1, len(parts))}
     found = {key: last_module(path, names) for key, (path, names) in named.items() if counts[path] > 1 or path in above}
+    # A name of its own, though above another's, gives way only to the module that ends the branch.
+    found = {key: name for key, name in found.items() if counts[named[key][0]] > 1 or _ends(named[key][1], name)}
     taken = Counter(found.values()) + counts
     return {key: path for key, path in found.items() if path and taken[path] == 1}
+
+
+def _ends(names: Sequence[str], module: str) -> bool:
+    return names[-1].startswith(module + ".") if names else False
 
 
 def last_module(path: str, names: Sequence[str]) -> str:

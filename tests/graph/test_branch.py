@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fxfuse.graph import find_streams
 from fxfuse.graph.branch import STAMP, number_of_parameters, stamp
+from fxfuse.graph.paths import deeper
 from fxfuse.passes import drop, simplify
 from tests.blocks import (
     HIDDEN,
@@ -177,6 +178,14 @@ def test_a_map_behind_a_module_takes_no_name_away(road: str) -> None:
 @on_both_roads
 def test_a_branch_of_loose_maps_has_not_the_name_of_its_norm(road: str) -> None:
     assert names(trace(ready(Loose()), vectors(), road=road)) == ["@0", "@1"]
+
+
+def test_what_lies_above_another_gives_way_to_the_module_that_ends_it_only() -> None:
+    experts = ["mlp.gate.weight", "mlp.gate.statics.bias", "mlp.experts.down"]
+    attention = ["0.norm.gate.weight", "0.attn.q.weight", "0.attn.o.weight"]
+
+    assert deeper({1: ("mlp", experts), 2: ("mlp.shared", ["mlp.shared.up.weight"])}) == {}
+    assert deeper({1: ("0", attention), 2: ("0.mlp", ["0.mlp.up.weight"])}) == {1: "0.attn"}
 
 
 class Angles(Decoder):

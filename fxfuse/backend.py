@@ -25,6 +25,7 @@ from fxfuse.options import Options, PlanFile
 from fxfuse.passes.apply_plan import FOUND, REPORTS, apply_plan
 from fxfuse.passes.base import copy_graph, transaction
 from fxfuse.passes.simplify import simplify
+from fxfuse.passes.sizes import fill_in
 from fxfuse.recipe import Recipe, extract
 from fxfuse.weights import PackedCall
 
@@ -73,6 +74,7 @@ def ffnfuse(
             verify=chosen.verify,
             max_rewrites=chosen.max_rewrites,
         )
+        fill_in(gm)
         if chosen.prepack and not _trains(example_inputs):
             gm.meta[REPORTS] += (prepack(gm),)
         recipes = extract(gm)

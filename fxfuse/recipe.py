@@ -13,6 +13,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, fx
 
+from fxfuse.graph.values import value
 from fxfuse.passes.base import transaction
 from fxfuse.passes.pack import PACK
 
@@ -85,6 +86,8 @@ def _extract(gm: fx.GraphModule) -> list[Recipe]:
         # Dynamo's conventions for an input that no guard watches and whose address stays.
         made._dynamo_source = None
         made.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        if (known := value(root)) is not None:
+            made.meta["example_value"] = known
         last = made
         root.replace_all_uses_with(made)
         for node in reversed([each for each in gm.graph.nodes if each in inside]):

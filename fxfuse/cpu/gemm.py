@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, ops
 
 from fxfuse.cpu.products import Product, as_dtype, products
-from fxfuse.cpu.race import Linear, Size, fastest
+from fxfuse.cpu.race import Linear, Size, aten, fastest
 from fxfuse.kernels import onednn
 
 
@@ -28,7 +28,7 @@ def other_gemms(graph: fx.Graph) -> int:
     found = [
         (product, _WRITTEN[way])
         for product in products(graph)
-        if (size := product.size()) is not None and (way := gemm(size)) in _WRITTEN
+        if (size := product.size()) is not None and (way := gemm(size)) is not None
     ]
     for product, write in found:
         with graph.inserting_before(product.node):
@@ -38,14 +38,16 @@ def other_gemms(graph: fx.Graph) -> int:
 
 
 @cache
-def gemm(size: Size) -> Linear:
-    """The fastest one: `torch.nn.functional.linear`, ``torch.ops.fxfuse.linear`` or `in_float32`."""
+def gemm(size: Size) -> Linear | None:
+    """The fastest one, ``torch.ops.fxfuse.linear`` or `in_float32`; None if that is PyTorch's own."""
     challengers: list[Linear] = []
     if onednn.computes(size.dtype):
         challengers.append(torch.ops.fxfuse.linear)
     if size.dtype != torch.float32:
         challengers.append(in_float32)
-    return fastest(torch.nn.functional.linear, challengers, size)
+    own = aten(size)
+    found = fastest(own, challengers, size)
+    return None if found is own else found
 
 
 def in_float32(x: Tensor, weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.cpu.products import DTYPES, Product, as_dtype, products
-from fxfuse.cpu.race import Linear, Size, wins
+from fxfuse.cpu.race import Linear, Size, aten, wins
 from fxfuse.graph.ops import op
 from fxfuse.graph.values import value
 
@@ -79,7 +79,7 @@ def _size_of(node: fx.Node) -> Size | None:
 @cache
 def loops_win(size: Size) -> bool:
     """Whether loops are faster than PyTorch."""
-    return wins(compiled_loops(size), torch.nn.functional.linear, size)
+    return wins(compiled_loops(size), aten(size), size)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from fxfuse.cpu.gemm import gemm
 from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, loops_win
-from fxfuse.cpu.race import Linear, Size, hint, wins
+from fxfuse.cpu.race import Linear, Size, aten, hint, wins
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ops import op
 from fxfuse.graph.order import hazards, overwritten, regions, sort
@@ -28,7 +28,6 @@ from fxfuse.graph.values import parameters, value
 from fxfuse.kernels import onednn
 from fxfuse.passes import pack
 from fxfuse.passes.base import Edit, PassReport, erase_dead, transaction
-from fxfuse.passes.sizes import fill_in
 from fxfuse.passes.wide import slices
 
 log = logging.getLogger(__name__)
@@ -40,14 +39,13 @@ def prepack(gm: fx.GraphModule) -> PassReport:
     """Let the linear maps of ``gm`` read prepacked weights, where that is faster on this machine.
 
     Args:
-        gm: a graph of Dynamo, with its weights as inputs, that computes no gradients; it takes a copy of each weight.
+        gm: a graph of Dynamo, with its weights as inputs, that computes no gradients; its nodes know their sizes.
 
     Returns:
         the linear maps by their weights, and what their copies take.
     """
     report = PassReport("prepack")
     with transaction(gm):
-        fill_in(gm)
         names = parameters(gm)
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
         hazard, region, rewritten = hazards(gm.graph), regions(gm.graph), overwritten(gm.graph)
@@ -76,7 +74,7 @@ def prepack(gm: fx.GraphModule) -> PassReport:
 @cache
 def prepacked_wins(size: Size) -> bool:
     """Whether oneDNN over a prepacked weight is faster than every way over the weight as it is."""
-    if not onednn.computes(size.dtype) or not _beats(gemm(size), size):
+    if not onednn.computes(size.dtype) or not _beats(gemm(size) or aten(size), size):
         return False
     return size.rows > MAX_ROWS or not loops_win(size) or _beats(compiled_loops(size), size)
 

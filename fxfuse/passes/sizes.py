@@ -57,7 +57,7 @@ def fill_in(gm: fx.GraphModule) -> None:
     with mode, torch.no_grad():
         for node in gm.graph.nodes:
             sources = node.all_input_nodes
-            computed = node.op in ("call_function", "call_method") and value(node) is None
+            computed = node.op in ("call_function", "call_method") and not any(key in node.meta for key in _KEYS)
             if not computed or is_impure(node) or not sources or any(value(source) is None for source in sources):
                 continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)

@@ -17,10 +17,11 @@ import fxfuse
 from fxfuse import weights
 from fxfuse.cpu import prepack as module
 from fxfuse.cpu import race
-from fxfuse.cpu.gemv import loops_win
+from fxfuse.cpu.gemv import compiled_loops, loops_win
 from fxfuse.cpu.race import Size
 from fxfuse.kernels import onednn
 from fxfuse.passes.pack import PACK
+from fxfuse.passes.sizes import fill_in
 from fxfuse.weights import Pack
 from tests.models import as_tuple, build, make_input
 from tests.models import spec as s
@@ -264,6 +265,7 @@ def test_the_report_names_the_weights_and_their_memory() -> None:
 
     with torch.no_grad():
         (captured,) = capture(Attention(), rows())
+    fill_in(captured.gm)
     report = module.prepack(captured.gm)
 
     assert [edit.branches for edit in report.done] == [("q.weight", "k.weight", "v.weight"), ("o.weight",)]
@@ -300,8 +302,9 @@ def test_the_fastest_way_wins(times: dict[str, float], expected: bool, monkeypat
     size = Size.of(1, 16, 24, torch.float32)
 
     def seconds(linear: object, *_: object) -> float:
-        return {torch.ops.fxfuse.prepacked_linear: times["prepacked"], F.linear: 1.0}.get(linear, times["loops"])
+        return {torch.ops.fxfuse.prepacked_linear: times["prepacked"], loops: times["loops"]}.get(linear, 1.0)
 
+    loops = compiled_loops(size)
     monkeypatch.setattr(race, "seconds", seconds)
     loops_win.cache_clear()
     assert MEASURED.__wrapped__(size) is expected

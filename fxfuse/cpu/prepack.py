@@ -32,6 +32,9 @@ from fxfuse.passes.wide import slices
 
 log = logging.getLogger(__name__)
 
+MARGIN = 0.85
+"""A copy of a weight must take less than this share of the time, so that it is worth its memory."""
+
 _LINEAR_MAPS = ("linear", "matmul", "addmm")
 
 
@@ -80,7 +83,7 @@ def prepacked_wins(size: Size) -> bool:
 
 
 def _beats(champion: Linear, size: Size) -> bool:
-    return wins(torch.ops.fxfuse.prepacked_linear, champion, size, onednn.prepack)
+    return wins(torch.ops.fxfuse.prepacked_linear, champion, size, onednn.prepack, MARGIN)
 
 
 @dataclass(frozen=True)

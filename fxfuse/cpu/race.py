@@ -55,13 +55,23 @@ def same(weight: Tensor) -> Tensor:
     return weight
 
 
-def wins(challenger: Linear, champion: Linear, size: Size, prepare: Callable[[Tensor], Tensor] = same) -> bool:
+def wins(
+    challenger: Linear,
+    champion: Linear,
+    size: Size,
+    prepare: Callable[[Tensor], Tensor] = same,
+    margin: float = MARGIN,
+) -> bool:
     """Whether ``challenger`` is faster, over weights that ``prepare`` has prepared for it."""
-    return fastest(champion, [challenger], size, prepare) is challenger
+    return fastest(champion, [challenger], size, prepare, margin) is challenger
 
 
 def fastest(
-    champion: Linear, challengers: Sequence[Linear], size: Size, prepare: Callable[[Tensor], Tensor] = same
+    champion: Linear,
+    challengers: Sequence[Linear],
+    size: Size,
+    prepare: Callable[[Tensor], Tensor] = same,
+    margin: float = MARGIN,
 ) -> Linear:
     """The fastest of the ``challengers``, over weights that ``prepare`` has prepared for them, or the ``champion``."""
     with torch.no_grad(), _disable_current_modes():
@@ -75,7 +85,7 @@ def fastest(
         samples = [[seconds(linear, x, own) for linear, own in contestants] for _ in range(_SAMPLES)]
     limit, *times = (min(each) for each in zip(*samples, strict=True))
     best = min(range(len(times)), key=times.__getitem__, default=None)
-    return champion if best is None or times[best] >= MARGIN * limit else challengers[best]
+    return champion if best is None or times[best] >= margin * limit else challengers[best]
 
 
 def seconds(linear: Linear, x: Tensor, weights: Sequence[Tensor]) -> float:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 Linear: TypeAlias = Callable[[Tensor, Tensor], object]
 
-MARGIN = 0.95
+MARGIN = 0.9
 """The challenger must take less than this share of the time: what is not inductor's own costs it some freedom."""
 
 _BYTES, _WEIGHTS = 1 << 26, 64

@@ -123,7 +123,8 @@ def _alike(
     for branch in each.branches:
         if branch.ffn is None:
             if branch.gate_up is not None:
-                report.refused.append(Edit((branch.name,), "fuse", branch.reason))
+                rounding = "" if share else unfoldable(branch.gate_up.normed)
+                report.refused.append(Edit((branch.name,), "fuse", "; ".join(filter(None, (branch.reason, rounding)))))
             continue
         reason = ""
         if each.write is not None or _input(branch.ffn) in rewritten:

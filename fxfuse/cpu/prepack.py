@@ -164,7 +164,7 @@ def _write(graph: fx.Graph, first: fx.Node, group: Sequence[_Map]) -> None:
         each.node.replace_all_uses_with(part)
         erase_dead(graph, [each.node])
     for node in inner:  # what is packed from packed weights is made from theirs at once
-        if len(node.users) == 1 and pack.PACK in node.meta:
+        if pack.PACK in node.meta and len(node.users) == 1 and made not in node.users:
             del node.meta[pack.PACK]
 
 

@@ -50,21 +50,19 @@ def record_sizes(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
 
 def fill_in(gm: fx.GraphModule) -> None:
     """Let the nodes that passes wrote know their sizes, from those of what they read, as far as that is known."""
-    known = map(value, gm.graph.nodes)
-    mode = next((found.fake_mode for found in known if isinstance(found, FakeTensor)), None)
+    mode = next((made.fake_mode for node in gm.graph.nodes if isinstance(made := value(node), FakeTensor)), None)
     if mode is None:
         return
+    known: dict[fx.Node, FakeTensor] = {}
     with mode, torch.no_grad():
         for node in gm.graph.nodes:
             sources = node.all_input_nodes
             computed = node.op in ("call_function", "call_method") and not any(key in node.meta for key in _KEYS)
-            if not computed or is_impure(node) or not sources or any(value(source) is None for source in sources):
-                continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            made = (
-                node.target(*args, **kwargs)
-                if node.op == "call_function"
-                else getattr(args[0], node.target)(*args[1:], **kwargs)
-            )
-            if isinstance(made, torch.Tensor):
-                node.meta["example_value"] = made
+            if computed and sources and not is_impure(node) and all(source in known for source in sources):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+                function = node.target if node.op == "call_function" else getattr(args[0], node.target)
+                made = function(*(args if node.op == "call_function" else args[1:]), **kwargs)
+                if isinstance(made, torch.Tensor):
+                    node.meta["example_value"] = made
+            if isinstance(found := value(node), FakeTensor) and found.fake_mode is mode:
+                known[node] = found  # and not an attribute's real tensor, or what another mode knows

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxfuse
-from fxfuse import weights
+from fxfuse import Plan, weights
 from fxfuse.cpu import prepack as module
 from fxfuse.cpu import race
 from fxfuse.cpu.gemv import compiled_loops, loops_win
@@ -37,7 +37,7 @@ OPTIONS: dict[str, Any] = {"prepack": True, "inner": "eager"}
 
 
 @pytest.fixture(autouse=True)
-def oneDNN_wins(request: pytest.FixtureRequest) -> Iterator[None]:  # noqa: N802 - its name
+def always_faster() -> Iterator[None]:
     """So that it is not up to this machine, nor to sizes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "prepacked_wins", lambda size: size.dtype in (torch.float32, torch.bfloat16))
@@ -152,6 +152,36 @@ def test_a_wide_ffn_has_one_copy_and_no_other() -> None:
     assert sum(pack.tensor.numel() for pack in packs) == sum(p.numel() for p in model.parameters() if p.dim() == 2)
 
 
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.down(F.relu(self.up(self.norm(h))))
+
+
+@torch.no_grad()
+def test_the_biases_of_a_wide_ffn_are_packed_too() -> None:
+    """They stay packs of their own beside a prepacked weight: no call concatenates, or multiplies with, weights."""
+    seen: list[fx.GraphModule] = []
+
+    def inner(gm: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+        seen.append(gm)
+        return gm
+
+    plan = Plan(parallel=[["0", "1"]])
+    model = nn.Sequential(Biased(), Biased())
+    made = compiled(model, plan=plan, inner=inner)(rows())
+
+    one, other = copy.deepcopy(model).double()
+    h = rows().double()
+    assert_close(made, one(h) + other(h) - h)
+    targets = [node.target for node in seen[0].graph.nodes]
+    assert targets.count(torch.ops.fxfuse.prepacked_linear.default) == 2
+    assert torch.cat not in targets and torch.mv not in targets
+
+
 def in_place(weight: nn.Parameter, new: Tensor) -> None:
     weight.copy_(new)
 
@@ -216,8 +246,7 @@ def test_autocast_and_float64_are_left_alone() -> None:
         assert run(rows()).dtype == torch.bfloat16
     model = Attention().double()
 
-    assert_close_64 = torch.testing.assert_close
-    assert_close_64(compiled(model)(rows().double()), model(rows().double()))
+    torch.testing.assert_close(compiled(model)(rows().double()), model(rows().double()))
     assert not prepacked()
 
 

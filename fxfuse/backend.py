@@ -56,10 +56,10 @@ def ffnfuse(
         guard_modules(gm, names)
     gm = _own_copy(gm)
     names = names_in(root, gm, example_inputs)
-    if chosen.plan is None:
-        simplify(gm)
-        _hint(gm, names)
     with transaction(gm, restore=False):
+        if chosen.plan is None:
+            simplify(gm)
+            _hint(gm, names)
         specialise(gm)
         apply_plan(
             gm,

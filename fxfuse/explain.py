@@ -17,7 +17,7 @@ from fxfuse.graph.stream import find_streams
 from fxfuse.names import elsewhere
 from fxfuse.options import Options
 from fxfuse.passes import REPORTS, apply_plan, simplify
-from fxfuse.passes.base import PassReport
+from fxfuse.passes.base import PassReport, transaction
 from fxfuse.plan import Plan, flat
 
 Fused: TypeAlias = Literal["wide", "gate_up", ""]
@@ -143,15 +143,16 @@ def _explain_graph(
     number: int, captured: Captured, model: nn.Module, plan: Plan
 ) -> tuple[list[BranchInfo], tuple[PassReport, ...]]:
     gm = captured.gm
-    simplify(gm)
-    rows = [
-        (branch, stream_number, stream.levels[branch.read], index)
-        for stream_number, stream in enumerate(find_streams(gm, captured.names))
-        for index, each in enumerate(stream.sums)
-        for branch in each.branches
-    ]
-    facts = {branch.name: (number_of_parameters(branch), branch.scale.number) for branch, *_ in rows}
-    apply_plan(gm, plan, names=captured.names, elsewhere=elsewhere(model, captured.names))
+    with transaction(gm):
+        simplify(gm)
+        rows = [
+            (branch, stream_number, stream.levels[branch.read], index)
+            for stream_number, stream in enumerate(find_streams(gm, captured.names))
+            for index, each in enumerate(stream.sums)
+            for branch in each.branches
+        ]
+        facts = {branch.name: (number_of_parameters(branch), branch.scale.number) for branch, *_ in rows}
+        apply_plan(gm, plan, names=captured.names, elsewhere=elsewhere(model, captured.names))
     reports: tuple[PassReport, ...] = gm.meta[REPORTS]
     infos = [
         BranchInfo(

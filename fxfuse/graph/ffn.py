@@ -22,6 +22,7 @@ from fxfuse.graph.projection import Projection, mixes, projection
 from fxfuse.graph.rows import hides_its_sizes, passed_on, viewed
 from fxfuse.graph.scale import ONE, Scale, is_number, scaling
 from fxfuse.graph.values import dtype, last_dim, product, shape
+from fxfuse.graph.written import written_by
 
 __all__ = ["FFN", "GateUp", "Normed", "Projection", "Recogniser", "mixes"]
 
@@ -204,6 +205,8 @@ class Recogniser:
             found = op(node)
             if unknown := _without_sizes(node):
                 return unknown
+            if (write := written_by(node)) is not None:
+                return f"its hidden units are edited in place ({write.name})"
             if found is None or not (is_pointwise(found) or viewed(node, found) is not None):
                 return f"between its projections stands {self._describe(node)}, which mixes units or tokens"
             if drops_randomly(found):
@@ -237,6 +240,8 @@ class Recogniser:
 
     def _describe(self, node: fx.Node) -> str:
         found = op(node)
+        if (write := written_by(node)) is not None:
+            return f"edited in place ({write.name})"
         if found is not None and found.name in NORMS:
             return "a norm (sandwich or post-norm)"
         if found is not None and drops_randomly(found):

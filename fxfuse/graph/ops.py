@@ -236,7 +236,7 @@ def _nameless(node: fx.Node) -> Op | None:
 
 @cache
 def _pointwise_overload(target: Target) -> torch._ops.OpOverload | None:
-    """The aten overload that an op is or is named after, if all of its name are pointwise and draw nothing."""
+    """The aten overload that an op is or is named after, if all of its name are pointwise, draw nothing, return no view."""
     packet: object
     if isinstance(target, torch._ops.OpOverload):
         packet = target._overloadpacket
@@ -252,7 +252,10 @@ def _pointwise_overload(target: Target) -> torch._ops.OpOverload | None:
         return None
     overloads = [each for each in _overloads(packet) if "out" not in each._overloadname and _takes_a_tensor(each)]
     pure = all(
-        torch.Tag.pointwise in each.tags and torch.Tag.nondeterministic_seeded not in each.tags for each in overloads
+        torch.Tag.pointwise in each.tags
+        and torch.Tag.nondeterministic_seeded not in each.tags
+        and all(result.alias_info is None or result.alias_info.is_write for result in each._schema.returns)
+        for each in overloads
     )
     return (target if isinstance(target, torch._ops.OpOverload) else overloads[0]) if overloads and pure else None
 
@@ -375,7 +378,10 @@ def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
     target = node.target
     found: list[Argument] = []
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        if "mutation" in target.name():  # a Triton kernel of the model's own
+            found.extend(node.all_input_nodes)
+    elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         for index, name in _written_parameters(target):
             found.append(node.args[index] if index < len(node.args) else node.kwargs.get(name))
     elif "out" in node.kwargs:

@@ -199,11 +199,17 @@ def rewrites(node: fx.Node) -> fx.Node | None:
     return written[0] if made is not None and known is not None and made.shape == known.shape else None
 
 
-def writes_only_its_own(node: fx.Node) -> bool:
-    """Whether nobody but ``node`` sees the memory that it writes: made for it, and read by nothing else."""
-    return all(_is_private(target, node) for target in mutated_arguments(node))
-
-
-def _is_private(node: fx.Node, user: fx.Node) -> bool:
-    fresh = node.op in ("call_function", "call_method") and set(node.users) == {user}
-    return fresh and all(_is_private(source, node) for source in _may_alias(node))
+def writes_in_vain(node: fx.Node) -> bool:
+    """Whether nobody reads what ``node`` writes: the memory was made in the graph, and nothing after it reads any of it."""
+    seen: set[fx.Node] = {node}
+    stack = list(mutated_arguments(node))
+    while stack:
+        alias = stack.pop()
+        if alias in seen:
+            continue
+        seen.add(alias)
+        if alias.op not in ("call_function", "call_method") or any(user > node for user in alias.users):
+            return False
+        stack += _may_alias(alias)
+        stack += [user for user in alias.users if alias in _may_alias(user)]
+    return True

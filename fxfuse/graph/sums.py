@@ -5,7 +5,7 @@ The cost is linear in the graph: ancestry among the operands of adds is kept as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx
 
 from fxfuse.graph.branch import STAMP, Branch, Term
 from fxfuse.graph.ops import Op, drops_randomly, mutated_arguments, op
+from fxfuse.graph.order import overwritten
 from fxfuse.graph.rows import viewed
 from fxfuse.graph.scale import ONE, Scale, as_scale, scaling
 from fxfuse.graph.values import dtype, is_floating, same_shape, sizes_only, widens
@@ -56,8 +57,13 @@ def is_sum(node: fx.Node, constant: set[fx.Node]) -> bool:
     return same_shape(one, other) and same_shape(one, node)
 
 
-def flatten(node: fx.Node, constant: set[fx.Node], scale: Scale = ONE) -> list[Term]:
-    """The terms of a sum; inner sums, also multiples of one, are opened as far as :func:`_opens` allows."""
+def flatten(
+    node: fx.Node, constant: set[fx.Node], scale: Scale = ONE, rewritten: Container[fx.Node] = ()
+) -> list[Term]:
+    """The terms of a sum; inner sums, also multiples of one, are opened as far as :func:`_opens` allows.
+
+    ``rewritten`` are the nodes whose memory the graph writes after it has made them.
+    """
     terms: list[Term] = []
     found = op(node)
     assert found is not None
@@ -69,32 +75,38 @@ def flatten(node: fx.Node, constant: set[fx.Node], scale: Scale = ONE) -> list[T
     ):
         assert operand is not None
         inner, multiple = _alone(operand, factor)
-        rounded = _rounded(inner, constant)
+        rounded = _rounded(inner, constant, rewritten)
         if rounded:
             terms.extend(Term(each, scale * multiple) for each in rounded)
-        elif found.node("input") is not found.node("other") and _opens(inner, constant):
-            terms.extend(flatten(inner, constant, scale * multiple))
+        elif found.node("input") is not found.node("other") and _opens(inner, constant, rewritten):
+            terms.extend(flatten(inner, constant, scale * multiple, rewritten))
         else:
             terms.append(Term(operand, scale * factor))
     return terms
 
 
-def _opens(node: fx.Node, constant: set[fx.Node]) -> bool:
-    """Whether an inner sum is a part of the outer one: nothing else reads it, and no pass wrote it as one branch."""
-    return len(node.users) == 1 and STAMP not in node.meta and is_sum(node, constant)
+def _opens(node: fx.Node, constant: set[fx.Node], rewritten: Container[fx.Node]) -> bool:
+    """Whether an inner sum is a part of the outer one: nothing else reads it, and no pass wrote it as one branch.
+
+    What it adds up must still be there where the outer one stands, which is where a rewrite adds it up anew.
+    """
+    if len(node.users) > 1 or STAMP in node.meta or not is_sum(node, constant):
+        return False
+    return bool(mutated_arguments(node)) or not any(source in rewritten for source in node.all_input_nodes)
 
 
-def _rounded(node: fx.Node, constant: set[fx.Node]) -> tuple[fx.Node, ...]:
+def _rounded(node: fx.Node, constant: set[fx.Node], rewritten: Container[fx.Node]) -> tuple[fx.Node, ...]:
     """The operands of ``(a.float() + b.float()).to(a.dtype)``, which is how ``a + b`` is computed; or none."""
     found = op(node)
     wide = found.node("input") if found is not None and found.name == "cast" and len(node.users) == 1 else None
-    total = op(wide) if wide is not None and _opens(wide, constant) else None
+    total = op(wide) if wide is not None and _opens(wide, constant, rewritten) else None
     if wide is None or total is None or total.name != "add" or total.args.get("alpha", 1) != 1 or total.inplace:
         return ()
     casts = [op(each) for each in (total.node("input"), total.node("other")) if each is not None]
     sources = [each.node("input") for each in casts if each is not None and each.name == "cast"]
     own = tuple(each for each in sources if each is not None and dtype(each) == dtype(node) is not None)
-    return own if len(own) == 2 and widens(node, wide) else ()
+    still = not any(each in rewritten for each in own)
+    return own if len(own) == 2 and widens(node, wide) and still else ()
 
 
 def _alone(node: fx.Node, scale: Scale) -> tuple[fx.Node, Scale]:
@@ -129,12 +141,13 @@ def _widened(node: fx.Node, found: Op) -> bool:
 
 def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
     adds = [node for node in gm.graph.nodes if node.op != "placeholder" and is_sum(node, constant)]
+    rewritten = overwritten(gm.graph)
     flattened: dict[fx.Node, list[Term]] = {}
     opened: set[fx.Node] = set()
     writes: dict[fx.Node, fx.Node | None] = {}
     for root in reversed(adds):  # an outer sum comes after those that it opens
         if root not in opened:
-            flattened[root] = flatten(root, constant)
+            flattened[root] = flatten(root, constant, rewritten=rewritten)
             between = _inside(root, flattened[root])
             opened |= between
             writes[root] = next((node for node in (root, *between) if mutated_arguments(node)), None)

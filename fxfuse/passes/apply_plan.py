@@ -113,8 +113,8 @@ def edit(
     elsewhere: Callable[[str], bool] = lambda name: False,
     inputs: Sequence[object] | None = None,
 ) -> list[PassReport]:
-    """What :func:`apply_plan` does but for the fusing: the planned graph, its branches each by itself."""
-    with transaction(gm):
+    """What :func:`apply_plan` does but for the fusing: the planned graph, its branches each by itself, writes tied."""
+    with transaction(gm, tied=True):
         name_weights(names or {})
         reports = [simplify(gm, inputs)]
         streams = find_streams(gm, names)

@@ -14,9 +14,10 @@ from torch.fx.node import Argument
 from fxfuse.errors import PlanError
 from fxfuse.graph.branch import STAMP, Term
 from fxfuse.graph.ops import is_barrier, is_impure, mutated_arguments
-from fxfuse.graph.order import writes_only_its_own
+from fxfuse.graph.order import writes_in_vain
 from fxfuse.graph.sums import Sum
 from fxfuse.graph.values import dtype, same_shape, shape, value
+from fxfuse.graph.written import untie_writes
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ _SAVED = "fxfuse_transaction"
 
 
 @contextmanager
-def transaction(gm: fx.GraphModule, restore: bool = True) -> Iterator[None]:
+def transaction(gm: fx.GraphModule, restore: bool = True, tied: bool = False) -> Iterator[None]:
     """All or nothing: the graph is linted and recompiled on success, and put back as it was if anything raises.
 
     Inside another transaction of the same graph this one does nothing of its own. ``restore=False`` saves the copy
-    where nobody will use the graph of a failure.
+    where nobody will use the graph of a failure. ``tied=True`` leaves writes tied to their readers
+    (:mod:`fxfuse.graph.written`), for who goes on to ask what depends on what.
     """
     if gm.meta.get(_SAVED):
         yield
@@ -66,6 +68,8 @@ def transaction(gm: fx.GraphModule, restore: bool = True) -> Iterator[None]:
     gm.meta[_SAVED] = True
     try:
         yield
+        if not tied:
+            untie_writes(gm.graph)
         gm.graph.lint()
         gm.recompile()
     except BaseException:
@@ -204,4 +208,4 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_own_write(node: fx.Node) -> bool:
-    return bool(mutated_arguments(node)) and writes_only_its_own(node)
+    return bool(mutated_arguments(node)) and writes_in_vain(node)

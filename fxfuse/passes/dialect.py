@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from operator import getitem
 
 import torch
@@ -24,6 +24,7 @@ from torch import fx
 from torch.fx.node import Target
 
 from fxfuse.graph.ops import Op, is_impure, is_random, op
+from fxfuse.graph.order import overwritten
 from fxfuse.graph.parts import is_last
 from fxfuse.graph.values import dtype, last_dim, shape
 from fxfuse.passes.base import erase_dead
@@ -38,16 +39,34 @@ def translate(graph: fx.Graph) -> list[str]:
         if not node.users and op(node) is not None and not is_impure(node) and not is_random(node):
             graph.erase_node(node)
     gone: list[str] = []
+    rewritten = overwritten(graph)
     for node in list(graph.nodes):
+        before = node.prev
         with graph.inserting_before(node):
             made = _translated(graph, node)
         if made is None:
+            continue
+        if rewritten and _reads_later(made, node, before, rewritten):
+            erase_dead(graph, [made])
             continue
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         erase_dead(graph, [node])
         gone.append(node.name)
     return gone
+
+
+def _reads_later(made: fx.Node, node: fx.Node, before: fx.Node, rewritten: Container[fx.Node]) -> bool:
+    """Whether ``made``, all of it written between ``before`` and ``node``, reads what was overwritten before ``node``.
+
+    ``node`` itself reads its operands there; those of its operands it does not, and they may have changed since.
+    """
+    new, own = before.next, set(node.all_input_nodes)
+    while new is not node:
+        if any(source in rewritten and source not in own for source in new.all_input_nodes):
+            return True
+        new = new.next
+    return False
 
 
 def _translated(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

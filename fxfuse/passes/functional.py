@@ -1,8 +1,8 @@
 """Functional: what the graph does by writing to memory, written as values that flow from node to node.
 
-A traced model reads ``h`` again after ``h.add_(f)``, by its old name. Here whoever reads it later reads the node that
-wrote it, so that data dependence says what happens; and pointwise ops in place, residual adds above all, become plain
-ones where nobody can tell the difference. Exact.
+A traced model reads ``h`` again after ``h.add_(f)``, by its old name. Here whoever reads it later depends on the node
+that wrote it (:mod:`fxfuse.graph.written`), so that data dependence says what happens; and pointwise ops in place,
+residual adds above all, become plain ones where nobody can tell the difference. Exact.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import fx
 from torch.fx.node import Argument, Target
 
 from fxfuse.graph.ops import POINTWISE, asks_for_inplace, inplace_position, mutated_arguments, op
-from fxfuse.graph.order import aliases, memory_shared_with, rewrites
+from fxfuse.graph.order import aliases, memory_shared_with
 from fxfuse.graph.values import dtype, same_shape
+from fxfuse.graph.written import tie_writes
 
 
 def make_functional(graph: fx.Graph) -> list[str]:
-    """Name writes by what they make and take pointwise ops in place out; the names of the ops that replace them.
+    """Tie writes to their readers and take pointwise ops in place out; the names of the ops that replace them.
 
     What torch.export asserts of the values that it traced goes too: it reads every value that is cast.
     """
@@ -28,20 +29,8 @@ def make_functional(graph: fx.Graph) -> list[str]:
         graph.erase_node(node)
     if not any(mutated_arguments(node) for node in graph.nodes):
         return []
-    _name_writes(graph)
+    tie_writes(graph)
     return _out_of_place(graph)
-
-
-def _name_writes(graph: fx.Graph) -> None:
-    """Let who reads a value after it was written in place read the node that wrote it; the two are one tensor."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        target = rewrites(node)
-        if target is None:
-            continue
-        for user in list(target.users):
-            if order[user] > order[node]:
-                user.replace_input_with(target, node)
 
 
 def _out_of_place(graph: fx.Graph) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.graph.order import Stuck, hazards, overwritten, regions, rewrites, sort, writes_only_its_own, written_memory
+from fxfuse.graph.order import Stuck, hazards, overwritten, regions, rewrites, sort, writes_in_vain, written_memory
 from tests.blocks import trace, vectors
 
 
@@ -222,7 +222,7 @@ def test_a_write_to_memory_of_its_own_is_told_from_one_that_others_see() -> None
     graph = traced(f)
 
     found = {n.name for n in graph.nodes if n.op == "call_method" and n.name.endswith(("_", "_1", "_2"))}
-    private = {n.name for n in graph.nodes if n.name in found and writes_only_its_own(n)}
+    private = {n.name for n in graph.nodes if n.name in found and writes_in_vain(n)}
     assert found == {"mul_", "mul__1", "copy_", "neg_"}
     assert private == {"mul_", "neg_"}
 

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from fxfuse.loading import Loaded, load, smollm2_path
 
 # Compilation takes seconds and would trip hypothesis' deadline. Its own "ci" profile has none, and draws the same
 # examples every time.
 settings.register_profile("dev", deadline=None)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+# A mutation need only be noticed; to shrink what noticed it takes minutes.
+settings.register_profile("mutants", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores among themselves

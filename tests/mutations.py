@@ -32,8 +32,30 @@ class Mutation:
 
 
 FUSE = ("tests/passes/test_fuse_ffn.py",)
+RANDOM_MODELS = ("tests/properties/test_plan.py",)
 
 MUTATIONS = (
+    Mutation(
+        "read past an edit in place",
+        "fxfuse/graph/written.py",
+        "read = node if alias is overwrites else _reread(graph, alias, node)",
+        "read = node if alias is overwrites else alias",
+        RANDOM_MODELS,
+    ),
+    Mutation(
+        "see an edit in place by its own name alone",
+        "fxfuse/graph/written.py",
+        "for region in dict.fromkeys(memory[target] for target in targets):",
+        "for region in dict.fromkeys(memory[target] for target in targets if overwrites is not None):",
+        RANDOM_MODELS,
+    ),
+    Mutation(
+        "erase a write that others read",
+        "fxfuse/graph/order.py",
+        "or any(user > node for user in alias.users):",
+        ":",
+        ("tests/graph/test_written.py", "tests/graph/test_order.py"),
+    ),
     Mutation(
         "swap two norms",
         "fxfuse/passes/wide.py",
@@ -133,7 +155,7 @@ def survives(mutation: Mutation) -> bool:
             "no:cacheprovider",
             *mutation.tests,
         ]
-        environment = {**os.environ, "PYTHONPATH": str(copy), "CI": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(copy), "CI": "1", "HYPOTHESIS_PROFILE": "mutants"}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):
             raise SystemExit(f"{mutation.name}: the tests could not run\n{done.stdout}\n{done.stderr}")

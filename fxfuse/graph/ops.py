@@ -379,7 +379,7 @@ def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     target = node.target
     found: list[Argument] = []
     if isinstance(target, torch._ops.HigherOrderOperator):
-        if "mutation" in target.name():  # a Triton kernel of the model's own
+        if "mutation" in str(target):  # a Triton kernel of the model's own, which tells not what it writes
             found.extend(node.all_input_nodes)
     elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         for index, name in _written_parameters(target):

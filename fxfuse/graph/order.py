@@ -200,7 +200,7 @@ def rewrites(node: fx.Node) -> fx.Node | None:
 
 
 def writes_in_vain(node: fx.Node) -> bool:
-    """Whether nobody reads what ``node`` writes: the memory was made in the graph, and nothing after it reads any of it."""
+    """Whether nobody reads what ``node`` writes: memory that was made in the graph, of which nothing after it reads."""
     seen: set[fx.Node] = {node}
     stack = list(mutated_arguments(node))
     while stack:

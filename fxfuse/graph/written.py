@@ -52,7 +52,7 @@ def tie_writes(graph: fx.Graph) -> None:
                     continue
                 read = node if alias is overwrites else _reread(graph, alias, node)
                 if read is not node:
-                    position[read] = position[node] + 0.5
+                    position[read], memory[read] = position[node] + 0.5, region
                     aliases[region].append(read)
                 for user in later:
                     user.replace_input_with(alias, read)

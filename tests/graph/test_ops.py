@@ -293,3 +293,18 @@ def test_of_an_op_without_a_name_pytorch_says_whether_it_is_pointwise(node: fx.N
     found = op(node)
 
     assert (found is not None and is_pointwise(found)) == pointwise
+
+
+def test_a_triton_kernel_of_the_models_own_writes_all_that_it_is_given() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    tensors = {"in_ptr": x, "out_ptr": y}
+    node = graph.call_function(torch.ops.higher_order.triton_kernel_wrapper_mutation, (), {"kwargs": tensors})
+
+    assert mutated_arguments(node) == (x, y)
+
+
+def test_an_op_that_may_return_its_input_is_no_new_value() -> None:
+    graph = fx.Graph()
+
+    assert op(graph.call_function(torch.positive, (graph.placeholder("x"),))) is None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.models.edits import Edit, EditingHook, Place, edited
 from tests.models.spec import FFN, Activation, Attention, Body, Mixer
 
 
@@ -69,6 +70,8 @@ class FFNBody(nn.Module):
             self.router = nn.Linear(width, 1)
         if spec.twist == "two_inputs":
             self.up_norm = nn.LayerNorm(width)
+        if spec.edit is not None and spec.edit[0] == "hook":
+            self.down.register_forward_hook(EditingHook(spec.edit[1]))
 
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.spec.layout == "separate":
@@ -96,24 +99,29 @@ class FFNBody(nn.Module):
         shape = x.shape
         if self.spec.flat:
             x = x.view(-1, self.width)
+        x = edited(self.edit_of("input"), x)
         if self.spec.gated:
             gate, up = self.gate_and_up(x)
+            gate, up = edited(self.edit_of("gate"), gate), edited(self.edit_of("up"), up)
             if self.spec.gate_scale is not None:
                 gate = gate * self.spec.gate_scale
             gate = self.activate(gate)
             hidden = up * gate if self.spec.up_first else gate * up
         else:
-            hidden = self.activate(self.up(x))
+            hidden = self.activate(edited(self.edit_of("up"), self.up(x)))
         if self.spec.twist == "clamp":
             hidden = hidden.clamp(max=0.5)
         if self.spec.twist == "softmax":
             hidden = hidden.softmax(-1)
         if self.spec.inner_norm:
             hidden = self.inner_norm(hidden)
-        out = self.down(hidden)
+        out = edited(self.edit_of("output"), self.down(edited(self.edit_of("hidden"), hidden)))
         if self.spec.twist == "token_gate":
             out = out * torch.sigmoid(self.router(x))
         return out.view(shape) if self.spec.flat else out
+
+    def edit_of(self, place: Place) -> Edit | None:
+        return self.spec.edit[1] if self.spec.edit is not None and self.spec.edit[0] == place else None
 
     def activate(self, x: Tensor) -> Tensor:
         return self.act(x) if self.spec.activation == "silu_module" else activate(self.spec.activation, x)

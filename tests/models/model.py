@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tests.models import spec as s
 from tests.models.bodies import make_body
+from tests.models.edits import edited
 from tests.models.norms import at_least_float32, make_norm
 
 VOCABULARY = 11
@@ -50,7 +51,7 @@ class ResidualLayer(nn.Module):
                 f = F.dropout(f, p=0.1, training=self.training)
             case "p=0":
                 f = F.dropout(f, p=0.0)
-        return multiply(branch.scale_form, f, branch.scale)
+        return edited(branch.edit, multiply(branch.scale_form, f, branch.scale))
 
     def forward(self, h: Tensor, mask: Tensor, keep_seen: bool) -> tuple[Tensor, list[Tensor]]:
         """The stream after the layer, and after each of its sums (copies, where a later sum would overwrite them)."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tests.models import spec as s
+from tests.models.edits import edited
 from tests.models.model import ResidualLayer, ResidualModel
 
 Member = str | Sequence[str]
@@ -40,8 +41,9 @@ class Step:
             f = getattr(self.layer, f"{self.branch.attribute}_post_norm")(f)
         if self.branch.gain != "none":
             f = f * getattr(self.layer, f"{self.branch.attribute}_gain")
-        for scale in (self.branch.scale, self.sum.scale):
-            f = f if scale is None else f * scale
+        f = f if self.branch.scale is None else f * self.branch.scale
+        f = edited(self.branch.edit, f)
+        f = f if self.sum.scale is None else f * self.sum.scale
         return f.to(h.dtype)
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from tests.models.edits import Edit, Place
+
 Twist = Literal["none", "self_gate", "two_inputs", "token_gate", "clamp", "transposed", "softmax"]
 Kind = Literal["attention", "gated", "plain", "other"]
 NormKind = Literal[
@@ -69,6 +71,7 @@ class FFN(Spec):
     inner_norm: bool = False  # a norm over the hidden units: cannot be widened
     flat: bool = False  # view(-1, d) around the body
     twist: Twist = "none"  # what makes a SwiGLU something else, or only look so
+    edit: tuple[Place, Edit] | None = None  # a value inside it is edited in place
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,6 +103,7 @@ class Branch(Spec):
     dropout: Literal["none", "module", "functional", "p=0"] = "none"
     post_norm: bool = False  # sandwich: a norm on what the branch contributes
     gain: Literal["none", "channel", "scalar"] = "none"  # a learned multiplier on what it contributes
+    edit: Edit | None = None  # what it contributes is edited in place
 
     @property
     def kind(self) -> Kind:

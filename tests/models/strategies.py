@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from tests.models import spec as s
+from tests.models.edits import Edit, Place
 
 T = TypeVar("T")
 SCALES = (0.7, 0.22, -1.0, 1.0, 2.0)
@@ -21,6 +22,12 @@ SWIGLU_LAYOUTS: tuple[s.Layout, ...] = (
 def mostly(common: T, others: tuple[T, ...]) -> st.SearchStrategy[T]:
     """The common value about half of the time, so that most models stay recognisable."""
     return st.one_of(st.just(common), st.sampled_from(others))
+
+
+def edits(places: tuple[Place, ...]) -> st.SearchStrategy[tuple[Place, Edit] | None]:
+    """An edit in place in about one body of four."""
+    edit = st.tuples(st.sampled_from(places), st.sampled_from(get_args(Edit)))
+    return st.one_of(st.none(), st.none(), st.none(), edit)
 
 
 def norms() -> st.SearchStrategy[s.Norm]:
@@ -80,6 +87,20 @@ def branches(draw: st.DrawFn, attribute: str, body: s.Body, house_norm: s.Norm) 
     )
 
 
+@st.composite
+def edited_branches(draw: st.DrawFn, branch: s.Branch, shared_norm: bool) -> s.Branch:
+    """``branch``, perhaps with an edit in place of what it contributes, and of a value inside an FFN.
+
+    Not of an input that others read too: which of them see the edit depends on an order that a plan changes.
+    """
+    contribution = draw(mostly(None, (None, *get_args(Edit))))
+    if not isinstance(branch.body, s.FFN):
+        return replace(branch, edit=contribution)
+    own = branch.norm.kind != "none" and not shared_norm
+    places = tuple(place for place in get_args(Place) if own or place != "input")
+    return replace(branch, edit=contribution, body=replace(branch.body, edit=draw(edits(places))))
+
+
 LAYER_SHAPES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("attn",), ("mlp",)),
     (("mlp",),),
@@ -103,10 +124,13 @@ def layers(draw: st.DrawFn, width: int, house_norm: s.Norm, in_place: bool) -> s
             if attribute.startswith("mlp"):
                 body = st.one_of(gated_ffns(), gated_ffns(), plain_ffns())
             members.append(draw(branches(attribute, draw(body), house_norm)))
+        shared = len(members) > 1 and draw(st.booleans())
+        if in_place:
+            members = [draw(edited_branches(member, shared)) for member in members]
         forms = s.ONE_BRANCH_FORMS if len(members) == 1 else s.SEVERAL_BRANCH_FORMS
         form = draw(st.sampled_from([f for f in forms if in_place or f not in s.IN_PLACE_FORMS]))
         scale = draw(st.sampled_from((-1.0, -0.7))) if form == "h-f" else draw(mostly(None, SCALES))
-        sums.append(s.Sum(tuple(members), form, scale, len(members) > 1 and draw(st.booleans())))
+        sums.append(s.Sum(tuple(members), form, scale, shared))
     return s.Layer(tuple(sums))
 
 

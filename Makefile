@@ -2,6 +2,8 @@
 #
 #   make test                  the whole suite
 #   make test-fast             under two minutes: graphs, passes and plans, but nothing that is marked slow
+#   make test-pythons          test-fast under each of Python 3.11, 3.12 and 3.13 that is installed
+#   make soak                  20,000 random models, plans and weight updates against the reference; takes hours
 #   make mutants               breaks the library in known ways and sees the tests go red
 #   make zoo                   every architecture of transformers against plain references: writes docs/architectures.md
 #   make demo                  SmolLM2-135M recorded, planned, compiled, evaluated and timed: ten minutes, files in demo/
@@ -16,13 +18,13 @@ TORCH         ?= $(DEFAULT_TORCH)
 ARGS          ?=
 JOBS          ?= auto
 
-VENV  := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
+VENV  := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 RUN   := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
 PYTEST := $(RUN) pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo zoo test test-fast mutants lint setup clean
+.PHONY: demo zoo test test-fast test-pythons soak mutants lint setup clean
 
 demo: $(STAMP)
 	$(VENV)/bin/fxfuse demo $(ARGS)
@@ -35,6 +37,15 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow" tests/graph tests/passes tests/planning tests/test_plan.py tests/test_options.py $(ARGS)
+
+test-pythons:
+	@for python in python3.11 python3.12 python3.13; do \
+	    if $$python --version >/dev/null 2>&1; then $(MAKE) test-fast PYTHON=$$python || exit 1; \
+	    else echo "$$python is not installed"; fi; \
+	done
+
+soak: $(STAMP)
+	$(RUN) tests.soak $(ARGS)
 
 mutants: $(STAMP)
 	$(VENV)/bin/python tests/mutations.py

@@ -18,7 +18,7 @@ from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ffn import Recogniser, mixes
 from fxfuse.graph.normed import with_weight
 from fxfuse.graph.ops import op
-from fxfuse.graph.steps import beginning, before, link, unlinked
+from fxfuse.graph.steps import before, beginning, link, unlinked
 from fxfuse.graph.sums import Sum, find_chains
 from fxfuse.graph.values import parameters, sizes_only
 
@@ -140,7 +140,7 @@ class _Finder:
             self._reads[node], self._computes_with[node] = read, 0 if node in sizes else computed
 
     def _pass(self, nodes: Sequence[fx.Node]) -> None:
-        """Note a part of the way of the stream, the last node first: its first one is a point, and so is each factor."""
+        """Note a part of the way of the stream, last node first: its first node is a point, and so is each factor."""
         for index, node in enumerate(reversed(nodes)):
             if not index or link(node) is None:
                 self._points.append(node)

@@ -18,9 +18,9 @@ from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ffn import Recogniser, mixes
 from fxfuse.graph.normed import with_weight
 from fxfuse.graph.ops import op
-from fxfuse.graph.steps import before, beginning, link, unlinked
+from fxfuse.graph.steps import before, beginning, link, unlinked, way
 from fxfuse.graph.sums import Sum, find_chains
-from fxfuse.graph.values import parameters, sizes_only
+from fxfuse.graph.values import parameters, same_shape, sizes_only
 
 
 @dataclass(eq=False)
@@ -60,7 +60,9 @@ def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None)
     """
     weights = parameters(gm, names)
     constant = weight_only(gm, weights)
-    streams = [_Finder(gm, weights, constant, chain).stream() for chain in find_chains(gm, constant)]
+    chains = find_chains(gm, constant)
+    outs = {each.out: each for chain in chains for each in chain}
+    streams = [_Finder(gm, weights, constant, chain, outs).stream() for chain in chains]
     # A sum like x + c * x**3, as in a gelu written out, has the form of a residual add and is none.
     streams = [s for s in streams if any(mixes(node) for branch in s.branches for node in branch.body)]
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
@@ -111,9 +113,14 @@ class _Finder:
     """Finds the branches of one chain of sums."""
 
     def __init__(
-        self, gm: fx.GraphModule, weights: Mapping[fx.Node, str], constant: set[fx.Node], sums: tuple[Sum, ...]
+        self,
+        gm: fx.GraphModule,
+        weights: Mapping[fx.Node, str],
+        constant: set[fx.Node],
+        sums: tuple[Sum, ...],
+        outs: Mapping[fx.Node, Sum],
     ) -> None:
-        self._weights, self._constant, self._sums = weights, constant, sums
+        self._weights, self._constant, self._sums, self._outs = weights, constant, sums, outs
         self._recogniser = Recogniser(constant)
         self._order = {node: position for position, node in enumerate(gm.graph.nodes)}
         self._points: list[fx.Node] = []
@@ -215,6 +222,8 @@ class _Finder:
             gate_up = ffn.gate_up if ffn else self._recogniser.gate_up(terms[0].node, body.__contains__)
         if gate_up is not None and any(mixes(node) for node in self._before(gate_up.normed.output, body)):
             ffn, gate_up, reason = None, None, reason or "its input is not the stream but what another layer made of it"
+        if crossing := self._crossing(nodes, body):
+            ffn, gate_up, reason = None, None, "a sum of another residual stream is a part of it: the two feed each other"
         kind = kind_of(nodes, ffn, gate_up, self._constant)
         if kind == "attention":
             gate_up, reason = None, "attention"
@@ -231,7 +240,19 @@ class _Finder:
             ffn=ffn,
             gate_up=gate_up,
             reason=reason,
+            crossing=crossing,
             nodes=frozenset(body),
+        )
+
+    def _crossing(self, nodes: Sequence[fx.Node], body: Mapping[fx.Node, None]) -> tuple[fx.Node, ...]:
+        """The sums of other streams among ``nodes`` that come from outside the branch, and go on outside."""
+        found = [self._outs[node] for node in nodes if node in self._outs and same_shape(node, self._points[0])]
+        own = {each.out for each in self._sums}
+        return tuple(
+            each.out
+            for each in found
+            if way(each.stream.node, self._constant)[-1] not in body
+            and any(user not in body and user not in own for user in each.out.users)
         )
 
     def _read(self, nodes: Iterable[fx.Node], level: int) -> list[fx.Node]:

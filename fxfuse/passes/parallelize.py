@@ -184,6 +184,11 @@ class _Rewriter:
         own, old = self._stream.levels[branch.read], self._point(branch)
         if old is read:
             return
+        if branch.crossing:
+            raise PlanError(
+                f"{branch.name!r} cannot be moved in a group: {branch.crossing[0].name}, a sum of another residual "
+                "stream, is a part of it, and would move along although others read it too; leave it out of the group"
+            )
         if dtype(old) != dtype(read):
             raise PlanError(f"{branch.name!r} reads a stream of {dtype(old)}, its group one of {dtype(read)}")
         self.moved.append(branch)

@@ -146,7 +146,7 @@ def _explain_graph(
     with transaction(gm):
         simplify(gm)
         rows = [
-            (branch, stream_number, stream.levels[branch.read], index)
+            (branch, stream_number, stream.sums_before(branch.read), index)
             for stream_number, stream in enumerate(find_streams(gm, captured.names))
             for index, each in enumerate(stream.sums)
             for branch in each.branches

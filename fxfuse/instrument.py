@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
@@ -34,7 +35,7 @@ class Place:
             name=self.branch.name,
             kind=self.branch.kind,
             stream=self.number,
-            reads=self.stream.levels[self.branch.read],
+            reads=self.stream.sums_before(self.branch.read),
             adds=self.adds,
             parameters=number_of_parameters(self.branch),
             width=self.branch.ffn.projections[0].width if self.branch.ffn is not None else 0,
@@ -44,10 +45,14 @@ class Place:
 
 @dataclass(frozen=True)
 class _Window:
-    """Consecutive FFNs that may read one point: how to compute all but the first there, and what comes after."""
+    """Consecutive FFNs that may read one point: how to compute all but the first there, and what comes after.
+
+    ``steps`` take the stream from the sum of each to the next one's: through casts, and factors of the stream.
+    """
 
     places: tuple[Place, ...]
     jobs: tuple[Rerun, ...]
+    steps: tuple[Rerun, ...]
     rest: Rerun
 
 
@@ -89,7 +94,7 @@ class Instrumented:
         ends = {node for node in self._outputs if node is not None}
         self._drops = [self._program.plan({place.sum.out}, ends | set(self._owner)) for place in self.places]
         self._windows = [self._window(places, ends) for places in _runs(self.places, max_group)]
-        jobs = [*self._drops, *(job for window in self._windows for job in (*window.jobs, window.rest))]
+        jobs = [*self._drops, *(job for window in self._windows for job in (*window.jobs, *window.steps, window.rest))]
         self._keep = frozenset().union(*(job.given for job in jobs), *map(_held, self.places)) - {None}
         self._kept: Values = {}
 
@@ -100,7 +105,9 @@ class Instrumented:
             links = {node for node, own in stream.levels.items() if own == level}
             wanted = [term.node for term in place.branch.terms]
             jobs.append(self._program.plan({stream.points[level]}, wanted, place.branch.nodes | links))
-        return _Window(tuple(places), tuple(jobs), self._program.plan({places[-1].sum.out}, ends))
+        way = frozenset(places[0].stream.levels)
+        steps = [self._program.plan({one.sum.out}, {other.sum.stream.node}, way) for one, other in pairwise(places)]
+        return _Window(tuple(places), tuple(jobs), tuple(steps), self._program.plan({places[-1].sum.out}, ends))
 
     @property
     def windows(self) -> list[tuple[str, ...]]:
@@ -123,7 +130,7 @@ class Instrumented:
 
     def before(self, index: int) -> Tensor:
         """The stream that branch ``index`` is added to: ``[..., d]``."""
-        return _tensor(self._kept[self.places[index].sum.stream.node])
+        return self._scaled(self.places[index].sum.stream, self._kept)
 
     def dropped(self, index: int) -> Changed:
         """What changes when branch ``index`` contributes nothing."""
@@ -140,11 +147,16 @@ class Instrumented:
         for window in self._windows:
             first = window.places[0]
             point = _tensor(self._kept[first.stream.points[first.stream.levels[first.branch.read]]])
-            made = point + self._contribution(first, self._kept)
+            made = self._scaled(first.sum.stream, self._kept) + self._contribution(first, self._kept)
             for place, job in zip(window.places[1:], window.jobs, strict=True):
                 (own,) = job.changed
                 values = dict(self._program.rerun(job, self._kept, {own: point}))
                 made = made + self._contribution(place, {**self._kept, **values})
+            for place, step in zip(window.places[1:], window.steps, strict=True):
+                (own,) = step.changed
+                made = made.to(_tensor(self._kept[own]).dtype)
+                passed = dict(self._program.rerun(step, self._kept, {own: made}))
+                made = self._scaled(place.sum.stream, {**self._kept, place.sum.stream.node: made, **passed})
             true = _tensor(self._kept[window.places[-1].sum.out])
             made = made.to(true.dtype)
             error = (made - true).float().norm(dim=-1) / true.float().norm(dim=-1).clamp_min(1e-30)
@@ -192,8 +204,8 @@ class Instrumented:
 def _held(place: Place) -> set[fx.Node]:
     """The nodes whose values the measurements of a branch read."""
     read = place.stream.points[place.stream.levels[place.branch.read]]
-    terms = {node for term in place.sum.terms for node in (term.node, *term.scale.nodes)}
-    return {place.sum.stream.node, place.sum.out, read} | terms
+    terms = (place.sum.stream, *place.sum.terms)
+    return {place.sum.out, read, *(node for term in terms for node in (term.node, *term.scale.nodes))}
 
 
 def _runs(places: Sequence[Place], longest: int) -> Iterator[tuple[Place, ...]]:
@@ -208,7 +220,7 @@ def _runs(places: Sequence[Place], longest: int) -> Iterator[tuple[Place, ...]]:
 def _follow(one: Place, other: Place) -> bool:
     alone = all(len(place.sum.terms) == len(place.branch.terms) == 1 for place in (one, other))
     next_ = other.stream is one.stream and other.adds == one.adds + 1
-    reads = all(place.stream.levels[place.branch.read] == place.adds for place in (one, other))
+    reads = all(place.stream.sums_before(place.branch.read) == place.adds for place in (one, other))
     return alone and next_ and reads and one.branch.ffn is not None and other.branch.ffn is not None
 
 

@@ -13,6 +13,7 @@ from fxfuse.graph.ffn import FFN, GateUp, mixes
 from fxfuse.graph.ops import Op, op
 from fxfuse.graph.paths import common_path, deeper
 from fxfuse.graph.scale import ONE, Scale
+from fxfuse.graph.steps import way
 from fxfuse.graph.values import called_module, clean, is_buffer, shape
 
 Kind: TypeAlias = Literal["gated_ffn", "ffn", "attention", "moe", "other"]
@@ -41,6 +42,7 @@ class Branch:
         ffn: its anatomy, if it is a feed-forward network of a form that can be made wide.
         gate_up: the first half of it, if it is a feed-forward network of any form.
         reason: why it cannot be a part of a wide one, in words; empty if it can.
+        crossing: sums of another stream that stand in its body, and that others read: its streams feed each other.
     """
 
     kind: Kind
@@ -52,6 +54,7 @@ class Branch:
     ffn: FFN | None = None
     gate_up: GateUp | None = None
     reason: str = ""
+    crossing: tuple[fx.Node, ...] = ()
     nodes: frozenset[fx.Node] = field(default=frozenset(), repr=False)
     name: str = ""
 
@@ -233,7 +236,10 @@ def name_branches(branches: list[Branch], weights: Mapping[fx.Node, str], weight
     for branch in branches:
         held[branch] = _named_parameters(branch.body, weights, weight_only, tied)
         stamps = [str(term.node.meta[STAMP]) for term in branch.terms if STAMP in term.node.meta]
-        branch.name = "+".join(dict.fromkeys(stamps)) or common_path(held[branch])
+        # What it adds may be all that another stream has become: no module is that.
+        joins = any(way(term.node, weight_only)[-1] in branch.crossing for term in branch.terms)
+        branch.name = "+".join(dict.fromkeys(stamps)) or ("" if joins else common_path(held[branch]))
+        held[branch] = [] if joins else held[branch]
     counts = Counter(branch.name for branch in branches)
     for branch in branches:
         # A shared expert under a gate of its own, beside the routed ones: the gate is the whole mixture's by its name.

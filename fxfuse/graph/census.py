@@ -13,7 +13,8 @@ from fxfuse.graph.normed import with_weight
 from fxfuse.graph.ops import op
 from fxfuse.graph.projection import mixes
 from fxfuse.graph.scale import scaling
-from fxfuse.graph.sums import find_chains, is_sum, keeps, link, unlinked
+from fxfuse.graph.steps import keeps, link, unlinked
+from fxfuse.graph.sums import find_chains, is_sum
 from fxfuse.graph.values import parameters, same_shape, shape
 
 REPORT = "if this model is a transformer, please report it with what `fxfuse explain MODEL --trace FOLDER` writes"

@@ -6,7 +6,7 @@ a model: only adds, shapes and who depends on whom. The cost is linear in the gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -18,29 +18,31 @@ from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ffn import Recogniser, mixes
 from fxfuse.graph.normed import with_weight
 from fxfuse.graph.ops import op
-from fxfuse.graph.sums import Sum, beginning, find_chains, link, unlinked
-from fxfuse.graph.values import parameters, sizes_only
+from fxfuse.graph.steps import before, beginning, link, unlinked, way
+from fxfuse.graph.sums import Sum, find_chains
+from fxfuse.graph.values import parameters, same_shape, sizes_only
 
 
 @dataclass(eq=False)
 class ResidualStream:
-    """A chain of residual sums: each sum's stream is the out of the sum before it.
+    """A chain of residual sums: each sum's stream is the out of the sum before it, perhaps times a factor.
 
-    ``levels`` gives every node that is a point of the stream the number of sums before it: the points proper, and the
-    casts and views through which a sum or a branch takes them.
+    ``points`` are the values that the stream has on its way: before the first sum, after each, and after each factor.
+    ``levels`` gives every node that is one of them its number: the points proper, and the casts and views through which
+    a sum or a branch takes them. ``points[k]`` has level k and is no cast of another point.
     """
 
     sums: tuple[Sum, ...]
+    points: tuple[fx.Node, ...]
     levels: Mapping[fx.Node, int]
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         return tuple(branch for each in self.sums for branch in each.branches)
 
-    @property
-    def points(self) -> tuple[fx.Node, ...]:
-        """The stream before the first sum and after each: ``points[k]`` has level k and is no cast of another point."""
-        return (beginning(self.sums[0].stream.node)[-1], *(each.out for each in self.sums))
+    def sums_before(self, point: fx.Node) -> int:
+        """How many of the sums stand before a point."""
+        return sum(self.levels[each.out] <= self.levels[point] for each in self.sums)
 
     def __getitem__(self, name: str) -> Branch:
         for branch in self.branches:
@@ -58,7 +60,9 @@ def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None)
     """
     weights = parameters(gm, names)
     constant = weight_only(gm, weights)
-    streams = [_Finder(gm, weights, constant, chain).stream() for chain in find_chains(gm, constant)]
+    chains = find_chains(gm, constant)
+    outs = {each.out: each for chain in chains for each in chain}
+    streams = [_Finder(gm, weights, constant, chain, outs).stream() for chain in chains]
     # A sum like x + c * x**3, as in a gelu written out, has the form of a residual add and is none.
     streams = [s for s in streams if any(mixes(node) for branch in s.branches for node in branch.body)]
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
@@ -109,23 +113,32 @@ class _Finder:
     """Finds the branches of one chain of sums."""
 
     def __init__(
-        self, gm: fx.GraphModule, weights: Mapping[fx.Node, str], constant: set[fx.Node], sums: tuple[Sum, ...]
+        self,
+        gm: fx.GraphModule,
+        weights: Mapping[fx.Node, str],
+        constant: set[fx.Node],
+        sums: tuple[Sum, ...],
+        outs: Mapping[fx.Node, Sum],
     ) -> None:
-        self._weights, self._constant, self._sums = weights, constant, sums
+        self._weights, self._constant, self._sums, self._outs = weights, constant, sums, outs
         self._recogniser = Recogniser(constant)
-        self._level: dict[fx.Node, int] = dict.fromkeys(beginning(sums[0].stream.node), 0)
-        for index, each in enumerate(sums[1:], 1):
+        self._order = {node: position for position, node in enumerate(gm.graph.nodes)}
+        self._points: list[fx.Node] = []
+        self._level: dict[fx.Node, int] = {}
+        others = [term.node for term in sums[0].terms]
+        self._pass(beginning(sums[0].stream.node, others, constant, self._order))
+        for each in sums[1:]:
+            nodes: list[fx.Node] = []
             node: fx.Node | None = each.stream.node
             while node is not None and node not in self._level:
-                self._level[node] = index
-                node = link(node)
-        self._level[sums[-1].out] = len(sums)
-        self._order: dict[fx.Node, int] = {}
+                nodes.append(node)
+                node = before(node, constant)
+            self._pass(nodes)
+        self._pass([sums[-1].out])
         self._reads: dict[fx.Node, int] = {}
         self._computes_with: dict[fx.Node, int] = {}  # of the points read, those of which not only the sizes count
         sizes = sizes_only(gm.graph)
-        for position, node in enumerate(gm.graph.nodes):
-            self._order[node] = position
+        for node in gm.graph.nodes:
             read = computed = 0
             for source in node.all_input_nodes:
                 level = self._level.get(source)
@@ -133,10 +146,17 @@ class _Finder:
                 computed |= self._computes_with[source] if level is None else 1 << level
             self._reads[node], self._computes_with[node] = read, 0 if node in sizes else computed
 
+    def _pass(self, nodes: Sequence[fx.Node]) -> None:
+        """Note a part of the way of the stream, last node first: its first node is a point, and so is each factor."""
+        for index, node in enumerate(reversed(nodes)):
+            if not index or link(node) is None:
+                self._points.append(node)
+            self._level[node] = len(self._points) - 1
+
     def stream(self) -> ResidualStream:
         for each in self._sums:
             each.branches = self._branches(each)
-        return ResidualStream(self._sums, self._level)
+        return ResidualStream(self._sums, tuple(self._points), self._level)
 
     def _branches(self, each: Sum) -> tuple[Branch, ...]:
         terms = {term.node for term in each.terms}
@@ -145,6 +165,8 @@ class _Finder:
             if not self._computes_with[term.node] or term.node in self._constant or self._is_point(term.node):
                 continue
             body, foreign = self._body(term.node, terms)
+            if not self._read(body, self._computes_with[term.node].bit_length() - 1):
+                continue  # it depends on the stream by way of what is left of a dropped branch, and of another term
             joined = ([term], body, foreign)
             for other in [g for g in groups if _belong_together(g, joined)]:
                 groups.remove(other)
@@ -189,7 +211,7 @@ class _Finder:
     def _branch(self, terms: list[Term], body: dict[fx.Node, None], foreign: set[fx.Node]) -> Branch:
         nodes = tuple(sorted(body, key=self._order.__getitem__))
         level = max(self._computes_with[term.node].bit_length() for term in terms) - 1
-        read = self._read_point(nodes, level)
+        read = max(self._read(nodes, level), key=self._order.__getitem__)
         outside = foreign - {term.node for term in terms}
         ffn, gate_up = None, None
         if len(terms) > 1:
@@ -200,6 +222,12 @@ class _Finder:
             gate_up = ffn.gate_up if ffn else self._recogniser.gate_up(terms[0].node, body.__contains__)
         if gate_up is not None and any(mixes(node) for node in self._before(gate_up.normed.output, body)):
             ffn, gate_up, reason = None, None, reason or "its input is not the stream but what another layer made of it"
+        if crossing := self._crossing(nodes, body):
+            ffn, gate_up, reason = (
+                None,
+                None,
+                "a sum of another residual stream is a part of it: the two feed each other",
+            )
         kind = kind_of(nodes, ffn, gate_up, self._constant)
         if kind == "attention":
             gate_up, reason = None, "attention"
@@ -216,12 +244,24 @@ class _Finder:
             ffn=ffn,
             gate_up=gate_up,
             reason=reason,
+            crossing=crossing,
             nodes=frozenset(body),
         )
 
-    def _read_point(self, nodes: tuple[fx.Node, ...], level: int) -> fx.Node:
-        read = [s for node in nodes for s in node.all_input_nodes if self._level.get(s) == level]
-        return max(read, key=self._order.__getitem__)
+    def _crossing(self, nodes: Sequence[fx.Node], body: Mapping[fx.Node, None]) -> tuple[fx.Node, ...]:
+        """The sums of other streams among ``nodes`` that come from outside the branch, and go on outside."""
+        found = [self._outs[node] for node in nodes if node in self._outs and same_shape(node, self._points[0])]
+        own = {each.out for each in self._sums}
+        return tuple(
+            each.out
+            for each in found
+            if way(each.stream.node, self._constant)[-1] not in body
+            and any(user not in body and user not in own for user in each.out.users)
+        )
+
+    def _read(self, nodes: Iterable[fx.Node], level: int) -> list[fx.Node]:
+        """What ``nodes`` read of the stream at ``level``."""
+        return [source for node in nodes for source in node.all_input_nodes if self._level.get(source) == level]
 
     def _before(self, node: fx.Node, body: dict[fx.Node, None]) -> list[fx.Node]:
         found: dict[fx.Node, None] = {}

@@ -1,5 +1,8 @@
 """Residual sums: adds of which one term, the stream, is an ancestor of the others; and the chains that they form.
 
+A sum may take the stream times a factor, ``a * h + b * f(h)``, and its result may be scaled before the next one takes
+it, ``c * (h + f(h))``: :mod:`fxfuse.graph.steps`. Such factors stay where they are, whatever becomes of the sums.
+
 The cost is linear in the graph: ancestry among the operands of adds is kept as bit sets.
 """
 
@@ -16,6 +19,7 @@ from fxfuse.graph.ops import Op, drops_randomly, mutated_arguments, op
 from fxfuse.graph.order import overwritten
 from fxfuse.graph.rows import viewed
 from fxfuse.graph.scale import ONE, Scale, as_scale, scaling
+from fxfuse.graph.steps import way
 from fxfuse.graph.values import dtype, is_floating, same_shape, sizes_only, widens
 
 
@@ -25,6 +29,10 @@ class Sum:
 
     ``extras`` are values that do not depend on the stream, and earlier points of it. ``write`` is one of the adds that
     writes in place, if one does: such a sum cannot be written anew.
+
+    A contribution is scaled by every factor that comes after the place where it is added: those between ``out`` and the
+    next sum, and that of the next sum's ``stream``. What is taken out of the sum, or added to it, leaves them alone:
+    without its branches ``c * (a * h + b * f(h))`` is ``c * (a * h)``.
     """
 
     stream: Term
@@ -44,7 +52,12 @@ def find_chains(gm: fx.GraphModule, constant: set[fx.Node]) -> list[tuple[Sum, .
 
     ``constant`` are the nodes that depend on weights alone.
     """
-    return _chains(_residual_sums(gm, constant))
+    closed: set[fx.Node] = set()
+    while True:
+        sums, scaled = _residual_sums(gm, constant, closed)
+        if not scaled:
+            return _chains(sums, constant)
+        closed |= scaled
 
 
 def is_sum(node: fx.Node, constant: set[fx.Node]) -> bool:
@@ -58,11 +71,15 @@ def is_sum(node: fx.Node, constant: set[fx.Node]) -> bool:
 
 
 def flatten(
-    node: fx.Node, constant: set[fx.Node], scale: Scale = ONE, rewritten: Container[fx.Node] = ()
+    node: fx.Node,
+    constant: set[fx.Node],
+    scale: Scale = ONE,
+    closed: Container[fx.Node] = (),
+    rewritten: Container[fx.Node] = (),
 ) -> list[Term]:
     """The terms of a sum; inner sums, also multiples of one, are opened as far as :func:`_opens` allows.
 
-    ``rewritten`` are the nodes whose memory the graph writes after it has made them.
+    Not so the operands in ``closed``. ``rewritten`` are the nodes whose memory is written after they are made.
     """
     terms: list[Term] = []
     found = op(node)
@@ -74,12 +91,15 @@ def flatten(
         (found.node("other"), alpha if found.name == "add" else -alpha),
     ):
         assert operand is not None
+        if operand in closed:
+            terms.append(Term(operand, scale * factor))
+            continue
         inner, multiple = _alone(operand, factor)
         rounded = _rounded(inner, constant, rewritten)
         if rounded:
             terms.extend(Term(each, scale * multiple) for each in rounded)
         elif found.node("input") is not found.node("other") and _opens(inner, constant, rewritten):
-            terms.extend(flatten(inner, constant, scale * multiple, rewritten))
+            terms.extend(flatten(inner, constant, scale * multiple, closed, rewritten))
         else:
             terms.append(Term(operand, scale * factor))
     return terms
@@ -139,7 +159,13 @@ def _widened(node: fx.Node, found: Op) -> bool:
     return dtype(node) != torch.float64 or dtype(source) == torch.float64
 
 
-def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
+def _residual_sums(
+    gm: fx.GraphModule, constant: set[fx.Node], closed: Container[fx.Node]
+) -> tuple[list[Sum], set[fx.Node]]:
+    """The residual sums, none opened at ``closed``; and the multiples of others' sums that are to be closed as well.
+
+    In ``c * (h + f(h)) + g(h)`` what is in brackets is a sum of its own: ``g(h)`` is added after the factor.
+    """
     adds = [node for node in gm.graph.nodes if node.op != "placeholder" and is_sum(node, constant)]
     rewritten = overwritten(gm.graph)
     flattened: dict[fx.Node, list[Term]] = {}
@@ -147,16 +173,16 @@ def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
     writes: dict[fx.Node, fx.Node | None] = {}
     for root in reversed(adds):  # an outer sum comes after those that it opens
         if root not in opened:
-            flattened[root] = flatten(root, constant, rewritten=rewritten)
+            flattened[root] = flatten(root, constant, closed=closed, rewritten=rewritten)
             between = _inside(root, flattened[root])
             opened |= between
             writes[root] = next((node for node in (root, *between) if mutated_arguments(node)), None)
     flattened = dict(reversed(flattened.items()))
     bit: dict[fx.Node, int] = {}
-    for terms in flattened.values():
-        for term in terms:
-            for node in (term.node, unlinked(term.node)):
-                bit.setdefault(node, 1 << len(bit))
+    ways = {term.node: way(term.node, constant) for terms in flattened.values() for term in terms}
+    for nodes in ways.values():
+        for node in nodes:
+            bit.setdefault(node, 1 << len(bit))
     order: dict[fx.Node, int] = {}
     ancestors: dict[fx.Node, int] = {}
     sizes = sizes_only(gm.graph)
@@ -167,28 +193,62 @@ def _residual_sums(gm: fx.GraphModule, constant: set[fx.Node]) -> list[Sum]:
             mask |= ancestors[source] | bit.get(source, 0)
         ancestors[node] = mask
     sums: list[Sum] = []
+    scaled: set[fx.Node] = set()
     passed: dict[fx.Node, int] = {}  # out of a sum -> bits of all points of its chain so far
     added: dict[fx.Node, int] = {}  # out of a sum -> bits of those and of all that was added to them
     for root, terms in flattened.items():
         data = sorted((t for t in terms if t.node not in constant), key=lambda t: order[t.node])
-        # The others may read the stream before the cast through which the sum takes it. A sum of a lower precision than
-        # the stream has, which rounds what it adds up, would come out otherwise elsewhere.
-        own = {t.node: bit[t.node] | (bit[unlinked(t.node)] if keeps(root, t.node) else 0) for t in terms}
+        # The others may read the stream before the cast or the factor through which the sum takes it. A sum of a lower
+        # precision than the stream has, which rounds what it adds up, would come out otherwise elsewhere.
+        own = {t.node: _bits(root, ways[t.node], bit) for t in terms}
         stream = next((t for t in data if _feeds(own[t.node], t, terms, ancestors)), None)
         if stream is not None:
             # The others may descend from a value that was added to the stream before, or from an earlier point of it.
             start = own[stream.node]
-            stream = next((t for t in reversed(data) if start & added.get(unlinked(t.node), 0)), stream)
+            stream = next((t for t in reversed(data) if start & added.get(ways[t.node][-1], 0)), stream)
         else:
             # Ladder residuals (arXiv 2501.06589): the branch reads an earlier point of the stream it is added to.
-            stream = next((t for t in data if _feeds(passed.get(unlinked(t.node), 0), t, terms, ancestors)), None)
-        if stream is None or not stream.scale.is_one or [t.node for t in terms].count(stream.node) > 1:
+            stream = next((t for t in data if _feeds(passed.get(ways[t.node][-1], 0), t, terms, ancestors)), None)
+        if stream is None or [t.node for t in terms].count(stream.node) > 1:
+            continue
+        multiple = None if stream.scale.is_one else _multiple(root, stream.node, constant, closed)
+        if multiple is not None:
+            scaled.add(multiple)
             continue
         sums.append(Sum(stream, root, tuple(t for t in terms if t is not stream), write=writes[root]))
-        before = unlinked(stream.node)
-        passed[root] = passed.get(before, 0) | own[stream.node]
-        added[root] = added.get(before, 0) | sum({bit[t.node] for t in terms})
-    return sums
+        base = ways[stream.node][-1]
+        passed[root] = passed.get(base, 0) | own[stream.node]
+        added[root] = added.get(base, 0) | sum({bit[t.node] for t in terms})
+    return sums, scaled
+
+
+def _bits(total: fx.Node, nodes: list[fx.Node], bit: Mapping[fx.Node, int]) -> int:
+    """The bits of a term and of all that it is but a link or a factor of, as far as ``total`` is as wide as those."""
+    found = bit[nodes[0]]
+    for node in nodes if widens(nodes[0], total) else ():
+        if not widens(node, total):
+            break
+        found |= bit[node]
+    return found
+
+
+def _multiple(root: fx.Node, stream: fx.Node, constant: set[fx.Node], closed: Container[fx.Node]) -> fx.Node | None:
+    """The operand that is a multiple of an inner sum which holds ``stream``, if there is one."""
+    found = op(root)
+    for name in ("input", "other"):
+        operand = found.node(name) if found is not None else None
+        if found is None or operand is None or operand is stream or operand in closed:
+            continue
+        inner, multiple = _alone(operand, ONE)
+        rounded = _rounded(inner, constant)
+        opened = [] if rounded or not _opens(inner, constant) else flatten(inner, constant, closed=closed)
+        if stream not in (*rounded, *(term.node for term in opened)):
+            continue
+        taken_as_it_is = name == "input" or (found.name == "add" and found.args.get("alpha", 1) == 1)
+        if not (multiple.is_one and taken_as_it_is):
+            return operand
+        return _multiple(inner, stream, constant, closed) if opened else None
+    return None
 
 
 def _inside(root: fx.Node, terms: list[Term]) -> set[fx.Node]:
@@ -209,59 +269,14 @@ def _feeds(bits: int, stream: Term, terms: list[Term], ancestors: Mapping[fx.Nod
     return any(ancestors[term.node] & bits for term in terms if term is not stream)
 
 
-def beginning(stream: fx.Node) -> list[fx.Node]:
-    """The first point of a stream, seen from its first sum: ``stream``, and what it is a :func:`link` of.
-
-    That ends at the last one that others read too. Before a cast to float32, say, the first branch reads it.
-    """
-    found = _links(stream)
-    shared = [index for index, node in enumerate(found) if len(node.users) > 1]
-    return found[: max(shared, default=0) + 1]
-
-
-def keeps(total: fx.Node, node: fx.Node) -> bool:
-    """Whether ``total`` is as wide as all that ``node`` is a :func:`link` of."""
-    return all(widens(source, total) for source in _links(node))
-
-
-def _links(node: fx.Node) -> list[fx.Node]:
-    """``node``, what it is a :func:`link` of, and so on."""
-    found = [node]
-    while (source := link(found[-1])) is not None:
-        found.append(source)
-    return found
-
-
-def unlinked(node: fx.Node) -> fx.Node:
-    """``node`` before all that :func:`link` sees through."""
-    return _links(node)[-1]
-
-
-def link(node: fx.Node) -> fx.Node | None:
-    """What ``node`` is but a cast, a view of rows or an idle dropout of: the stream passes these between sums."""
-    found = op(node)
-    if found is None:
-        return None
-    source = found.node("input")
-    if source is None:
-        return None
-    if not same_shape(source, node):
-        return viewed(node, found)
-    if found.name in ("cast", "contiguous", "clone", "view") or (found.name == "dropout" and not drops_randomly(found)):
-        return source
-    return None
-
-
-def _chains(sums: list[Sum]) -> list[tuple[Sum, ...]]:
+def _chains(sums: list[Sum], constant: Container[fx.Node]) -> list[tuple[Sum, ...]]:
     """The sums as chains, each sum in one; where a stream forks, the longer arm goes on."""
     by_out = {each.out: each for each in sums}
     previous: dict[Sum, Sum] = {}
     for each in sums:
-        node: fx.Node | None = each.stream.node
-        while node is not None and node not in by_out:
-            node = link(node)
-        if node is not None:
-            previous[each] = by_out[node]
+        base = way(each.stream.node, constant)[-1]
+        if base in by_out:
+            previous[each] = by_out[base]
     length: dict[Sum, int] = dict.fromkeys(sums, 1)
     following: dict[Sum, Sum] = {}
     for each in reversed(sums):

@@ -97,14 +97,22 @@ def add_up(graph: fx.Graph, start: fx.Node, terms: Sequence[Term], like: fx.Node
     node = start
     for term in terms:
         added = term.node if same_shape(term.node, start) else _rows_like(graph, term.node, start)
-        for factor in term.scale.nodes:
-            added = graph.call_function(torch.mul, (added, factor))
+        added = _times(graph, added, term.scale.nodes)
         kwargs: dict[str, Argument] = {} if term.scale.number == 1.0 else {"alpha": term.scale.number}
         node = graph.call_function(torch.add, (node, added), kwargs)
         node.meta = _meta_of(like)
     if node is start and dtype(start) is not None and dtype(start) != dtype(like):
         node = graph.call_method("to", (start, dtype(like)))
         node.meta = _meta_of(like)
+    return node
+
+
+def _times(graph: fx.Graph, node: fx.Node, factors: Sequence[fx.Node | float]) -> fx.Node:
+    """``node`` times numbers, inserted at the graph's insertion point."""
+    for factor in factors:
+        made = graph.call_function(torch.mul, (node, factor))
+        made.meta = _meta_of(node)
+        node = made
     return node
 
 
@@ -147,6 +155,8 @@ def resum(
 ) -> None:
     """Replace the sum by ``stream + terms``. The terms that it had stay in the graph, used or not.
 
+    So do the factors before and after it: what is added here is scaled by those that come after.
+
     ``replaced`` maps the points of the stream that were replaced before to what stands there now, and learns this one.
     ``overwritten`` are the nodes whose memory is written later: of those a sum without terms is a copy.
 
@@ -157,15 +167,17 @@ def resum(
         names = ", ".join(repr(branch.name) for branch in each.branches)
         raise PlanError(f"{names}: added to the stream in place ({write.name}), in memory that others read; "
                         "write h = h + f instead of h += f there")  # fmt: skip
-    start = replaced.get(each.stream.node, each.stream.node)
+    taken = replaced.get(each.stream.node, each.stream.node)
     with graph.inserting_before(each.out):
+        number = each.stream.scale.number
+        start = _times(graph, taken, [*each.stream.scale.nodes, *([] if number == 1.0 else [number])])
         made = add_up(graph, start, [Term(replaced.get(t.node, t.node), t.scale) for t in terms], each.out)
         if made is start and (each.stream.node in overwritten or each.out in overwritten):
             made = graph.call_method("clone", (start,))
             made.meta = _meta_of(each.out)
     each.out.replace_all_uses_with(made)
     replaced[each.out] = made
-    erase_dead(graph, [each.out], keep={start, *(term.node for term in each.terms)})
+    erase_dead(graph, [each.out], keep={taken, start, *(term.node for term in each.terms)})
 
 
 def _meta_of(node: fx.Node) -> dict[str, object]:

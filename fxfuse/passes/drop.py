@@ -21,6 +21,8 @@ from fxfuse.passes.select import check_known
 def drop(gm: fx.GraphModule, branches: Collection[str], streams: Sequence[ResidualStream] | None = None) -> PassReport:
     """Take the named branches out of the stream: each sum ``h + branch(h)`` becomes ``h``.
 
+    Factors of the stream itself stay: ``c * (a * h + b * branch(h))`` becomes ``c * (a * h)``.
+
     What only the branch needed is erased. A part of it that others read (its keys and values as graph outputs, a write
     to a cache) stays, and the report says so.
 

@@ -29,8 +29,15 @@ from fxfuse.plan import Group, flat
 def parallelize(gm: fx.GraphModule, groups: Sequence[Group]) -> PassReport:
     """Make each group of branches parallel.
 
-    A group stands where that of its branches stands that comes first in the stream. A member that is a sequence runs
-    in its order on a copy of the stream of its own. All other readers see the stream as the groups leave it.
+    A group stands where that of its branches stands that comes first in the stream: its members read the very value
+    that the first one reads, and what they contribute is added in the sum that the first one is added in. A member that
+    is a sequence runs in its order on a copy of the stream of its own. All other readers see the stream as the groups
+    leave it.
+
+    Where the model scales its stream, ``h <- c * (a * h + b * f(h))``, a member takes along its own factor b, which is
+    a part of the branch; a and c stay with the sum. So a contribution is scaled by every factor that comes after the
+    place where its group stands, and by none of those before. On a copy of the stream there are no such factors: what a
+    member of a sequence reads is the point where the group stands plus what those before it contribute.
 
     Raises:
         PlanError: an unknown name, members of several streams, or a member that needs a value made only after the
@@ -166,7 +173,8 @@ class _Rewriter:
     def _sees(self, branch: Branch, earlier: Branch) -> bool:
         if self._place[earlier][0] > self._place[branch][0]:
             return True  # the plan turned their order round
-        return self._place[earlier][0] < self._stream.levels[branch.read]
+        added = self._stream.sums[self._place[earlier][0]].out
+        return self._stream.levels[added] <= self._stream.levels[branch.read]
 
     def _reread(self, branch: Branch, read: fx.Node, level: int) -> None:
         """Let ``branch`` read the stream at ``read``, which has the rows that the stream has at ``level``.
@@ -176,6 +184,11 @@ class _Rewriter:
         own, old = self._stream.levels[branch.read], self._point(branch)
         if old is read:
             return
+        if branch.crossing:
+            raise PlanError(
+                f"{branch.name!r} cannot be moved in a group: {branch.crossing[0].name}, a sum of another residual "
+                "stream, is a part of it, and would move along although others read it too; leave it out of the group"
+            )
         if dtype(old) != dtype(read):
             raise PlanError(f"{branch.name!r} reads a stream of {dtype(old)}, its group one of {dtype(read)}")
         self.moved.append(branch)

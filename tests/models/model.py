@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +35,16 @@ class ResidualLayer(nn.Module):
                     setattr(self, f"{name}_gain", nn.Parameter(torch.ones(width if branch.gain == "channel" else ())))
                 if branch.dropout == "module":
                     setattr(self, f"{name}_dropout", nn.Dropout(0.1))
+            for name, factor in (
+                (self.factor_name(item, "before"), item.before),
+                (self.factor_name(item, "after"), item.after),
+            ):
+                if factor in ("scalar", "vector", "affine"):
+                    setattr(self, name, nn.Parameter(torch.ones(() if factor == "scalar" else width)))
+                if factor == "affine":
+                    setattr(self, f"{name}_bias", nn.Parameter(torch.ones(width)))
+                if factor == "buffer":
+                    self.register_buffer(name, torch.full((1,), 0.7))
 
     def contribution(self, branch: s.Branch, x: Tensor, mask: Tensor) -> Tensor:
         """One branch from its normalised input: body, sandwich norm, learned gain, dropout, multiplier."""
@@ -53,6 +65,24 @@ class ResidualLayer(nn.Module):
                 f = F.dropout(f, p=0.0)
         return edited(branch.edit, multiply(branch.scale_form, f, branch.scale))
 
+    @staticmethod
+    def factor_name(item: s.Sum, place: Literal["before", "after"]) -> str:
+        return f"{item.branches[0].attribute}_{place}"
+
+    def scaled(self, item: s.Sum, place: Literal["before", "after"], h: Tensor) -> Tensor:
+        """The stream times what the model multiplies it with before or after a sum."""
+        name = self.factor_name(item, place)
+        match getattr(item, place):
+            case "number":
+                return 0.9 * h if place == "before" else h * 1.2
+            case "quotient":
+                return h / 1.5
+            case "scalar" | "vector" | "buffer":
+                return h * getattr(self, name)
+            case "affine":
+                return (h + getattr(self, f"{name}_bias")) * getattr(self, name)
+        return h
+
     def forward(self, h: Tensor, mask: Tensor, keep_seen: bool) -> tuple[Tensor, list[Tensor]]:
         """The stream after the layer, and after each of its sums (copies, where a later sum would overwrite them)."""
         seen = []
@@ -64,7 +94,12 @@ class ResidualLayer(nn.Module):
                     x = getattr(self, f"{branch.attribute}_norm")(h)
                 f = self.contribution(branch, x, mask)
                 terms.append(f.to(h.dtype) if self.cast == "explicit" else f)
+            h = self.scaled(item, "before", h)
             h = add_one(item, h, terms[0]) if len(terms) == 1 else add_several(item, h, terms, self.training)
+            if item.after == "buffer" and item.form in s.IN_PLACE_FORMS:
+                h *= getattr(self, self.factor_name(item, "after"))
+            else:
+                h = self.scaled(item, "after", h)
             seen.append(h.clone() if keep_seen else h)
         return h, seen
 

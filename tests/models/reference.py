@@ -3,7 +3,8 @@
 The semantics, in the words of the design: a group stands where the member that comes first in the stream stands; all
 its members read the stream there and the sum of what they contribute is added there. A member that is a list of
 branches runs in order on its own copy of the stream and contributes what it added. Every other reader sees the stream
-as the plan leaves it.
+as the plan leaves it. Where the model multiplies its stream, a contribution is scaled by every factor that comes after
+the place where it is added: the sums keep their factors, whatever leaves or joins them, and a private copy has none.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """The outputs of ``model`` under a plan, as a tuple: the output and then the taps."""
     steps: dict[str, Step] = {}
-    sums: list[tuple[int, list[str]]] = []
+    sums: list[tuple[int, ResidualLayer, s.Sum, list[str]]] = []
     for i, _, item in model.spec.sums():
         layer = model.layers[i]
         assert isinstance(layer, ResidualLayer)
         names = [f"layers.{i}.{branch.attribute}" for branch in item.branches]
         steps.update({name: Step(layer, item, b) for name, b in zip(names, item.branches, strict=True)})
-        sums.append((i, names))
+        sums.append((i, layer, item, names))
 
-    position = {name: k for k, (_, names) in enumerate(sums) for name in names}
+    position = {name: k for k, (_, _, _, names) in enumerate(sums) for name in names}
     groups = [[[member] if isinstance(member, str) else list(member) for member in group] for group in parallel]
     moved = {name for group in groups for member in group for name in member}
     stands_at = [min(position[name] for member in group for name in member) for group in groups]
@@ -68,14 +69,16 @@ def reference(
     h = model.embed(x)
     mask = model.causal_mask(x.shape[1], x.device)
     taps = [h]
-    for k, (i, names) in enumerate(sums):
+    for k, (i, layer, item, names) in enumerate(sums):
         added = [steps[name](h, mask) for name in names if name not in moved and name not in drop]
         for group, place in zip(groups, stands_at, strict=True):
             if place == k:
                 for member in group:
                     added += run([steps[name] for name in member], [position[name] for name in member], h, mask)
+        h = layer.scaled(item, "before", h)
         for f in added:
             h = h + f
+        h = layer.scaled(item, "after", h)
         last_of_layer = k + 1 == len(sums) or sums[k + 1][0] != i
         if last_of_layer or model.spec.taps == "sums":
             taps.append(h)

@@ -37,6 +37,7 @@ ONE_BRANCH_FORMS: tuple[SumForm, ...] = (
 SEVERAL_BRANCH_FORMS: tuple[SumForm, ...] = (
     "terms+h", "h+terms", "chain", "chain_reversed", "chain_inplace", "h+dropout(terms)",
 )  # fmt: skip
+Factor = Literal["none", "number", "quotient", "scalar", "buffer", "vector", "affine"]
 IN_PLACE_FORMS: frozenset[SumForm] = frozenset({"h+=f", "h.add_(f)", "add_alpha_", "chain_inplace"})
 
 
@@ -118,6 +119,8 @@ class Sum(Spec):
     form: SumForm = "h+f"
     scale: float | None = None  # on all the branches of the sum
     shared_norm: bool = False  # the branches read one norm, the first one's
+    before: Factor = "none"  # a * h + f(h): what the sum takes the stream times
+    after: Factor = "none"  # c * (h + f(h)): what its result is multiplied with
 
 
 @dataclass(frozen=True, repr=False)

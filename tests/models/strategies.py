@@ -114,8 +114,16 @@ LAYER_SHAPES: tuple[tuple[tuple[str, ...], ...], ...] = (
 )
 
 
+def factors() -> st.SearchStrategy[st.SearchStrategy[s.Factor]]:
+    """From what the sums of a model draw their factors: two models in three have none."""
+    none: st.SearchStrategy[s.Factor] = st.just("none")
+    return st.sampled_from((none, none, st.sampled_from(get_args(s.Factor))))
+
+
 @st.composite
-def layers(draw: st.DrawFn, width: int, house_norm: s.Norm, in_place: bool) -> s.Layer:
+def layers(
+    draw: st.DrawFn, width: int, house_norm: s.Norm, in_place: bool, factor: st.SearchStrategy[s.Factor]
+) -> s.Layer:
     sums = []
     for attributes in draw(st.sampled_from(LAYER_SHAPES)):
         members = []
@@ -130,7 +138,7 @@ def layers(draw: st.DrawFn, width: int, house_norm: s.Norm, in_place: bool) -> s
         forms = s.ONE_BRANCH_FORMS if len(members) == 1 else s.SEVERAL_BRANCH_FORMS
         form = draw(st.sampled_from([f for f in forms if in_place or f not in s.IN_PLACE_FORMS]))
         scale = draw(st.sampled_from((-1.0, -0.7))) if form == "h-f" else draw(mostly(None, SCALES))
-        sums.append(s.Sum(tuple(members), form, scale, shared))
+        sums.append(s.Sum(tuple(members), form, scale, shared, draw(factor), draw(factor)))
     return s.Layer(tuple(sums))
 
 
@@ -144,10 +152,10 @@ def residual_models(
     """Any model of the family. With ``in_place=False`` no sum overwrites the stream, as training needs."""
     width = draw(st.sampled_from((6, 7, 16, 24)))
     house_norm = draw(norms())
-    depth = draw(st.integers(1, max_layers))
+    depth, factor = draw(st.integers(1, max_layers)), draw(factors())
     model = s.Model(
         width=width,
-        layers=tuple(draw(layers(width, house_norm, in_place)) for _ in range(depth)),
+        layers=tuple(draw(layers(width, house_norm, in_place, factor)) for _ in range(depth)),
         batch=draw(st.integers(1, 3)),
         length=draw(st.integers(1, 5)),
         dtype=dtype,
@@ -168,7 +176,7 @@ def swiglu_models(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> s.Mode
     activation = draw(st.sampled_from(SWIGLU_ACTIVATIONS))
     width = draw(st.sampled_from((6, 7, 16, 24)))
     norm = s.Norm(draw(st.sampled_from(("rms_hf", "rms_functional", "rms_module", "rms_rsqrt"))), 1e-5)
-    made = []
+    made, factor = [], draw(factors())
     for _ in range(draw(st.integers(2, 5))):
         ffn = s.FFN(
             hidden=draw(st.sampled_from((1, 5, 8, 11))),
@@ -180,9 +188,11 @@ def swiglu_models(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> s.Mode
         )
         mlp = s.Branch("mlp", ffn, norm, scale=draw(mostly(None, SCALES)))
         form = draw(st.sampled_from([f for f in s.ONE_BRANCH_FORMS if f not in s.IN_PLACE_FORMS and f != "h-f"]))
-        attention = s.Sum((s.Branch("attn", draw(attentions(width)), norm),))
+        attention = s.Sum((s.Branch("attn", draw(attentions(width)), norm),), before=draw(factor), after=draw(factor))
         has_attention = draw(st.booleans())
-        made.append(s.Layer((attention,) * has_attention + (s.Sum((mlp,), form),)))
+        made.append(
+            s.Layer((attention,) * has_attention + (s.Sum((mlp,), form, before=draw(factor), after=draw(factor)),))
+        )
     return s.Model(
         width, tuple(made), draw(st.integers(1, 3)), draw(st.integers(1, 5)), dtype,
         front="embedding", seed=draw(st.integers(0, 2**16)),

@@ -29,7 +29,7 @@ def weight_of(graph: fx.Graph, projection: Projection, gain: fx.Node | None = No
     if projection.transposed:
         node = graph.call_method("t", (node,))
     if projection.rows is not None:
-        node = graph.call_function(getitem, (node, projection.rows))
+        node = graph.call_function(getitem, (node, projection.rows.cut))
     if gain is not None:
         product = graph.call_function(torch.mul, (node, vector(graph, gain)))
         wanted, other = dtype(projection.weight), dtype(gain)
@@ -41,7 +41,7 @@ def bias_of(graph: fx.Graph, projection: Projection, shift: fx.Node | None = Non
     """The projection's bias ``[width]``, with what a norm's ``shift`` (``[in]``) adds through the weight; or None."""
     node = projection.bias
     if node is not None and projection.rows is not None:
-        node = graph.call_function(getitem, (node, projection.rows))
+        node = graph.call_function(getitem, (node, projection.rows.cut))
     if shift is None:
         return node
     through = graph.call_function(torch.mv, (weight_of(graph, projection), vector(graph, shift, projection.weight)))

@@ -11,6 +11,7 @@ from torch import fx
 from fxfuse.graph.branch import STAMP, Branch
 from fxfuse.graph.ffn import FFN, GateUp, Normed, Projection
 from fxfuse.graph.ops import op
+from fxfuse.graph.parts import Rows
 from fxfuse.graph.scale import Scale
 from fxfuse.graph.values import Dim, dtype, shape
 from fxfuse.passes import pack
@@ -167,10 +168,9 @@ def _row_order(ffns: Sequence[FFN]) -> list[int]:
 
 def _rows(graph: fx.Graph, own: Sequence[Projection]) -> list[fx.Node]:
     """The weights of an FFN's projections, top to bottom; a packed one that holds them in this order stays whole."""
-    bounds = [(slot.rows.start, slot.rows.stop, slot.rows.step) if slot.rows else None for slot in own]
     starts = [sum(slot.width for slot in own[:index]) for index in range(len(own))]
-    whole = [(start, start + slot.width, 1) for start, slot in zip(starts, own, strict=True)]
-    if len({slot.weight for slot in own}) == 1 and not own[0].transposed and bounds == whole:
+    whole = [Rows(start, start + slot.width) for start, slot in zip(starts, own, strict=True)]
+    if len({slot.weight for slot in own}) == 1 and not own[0].transposed and [slot.rows for slot in own] == whole:
         return [own[0].weight]
     return [pack.weight_of(graph, slot) for slot in own]
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxfuse.graph import FFN, Branch, Projection
+from fxfuse.graph.parts import Rows
 from fxfuse.passes import simplify
 from tests.blocks import (
     HIDDEN,
@@ -51,7 +52,7 @@ def applied(projection: Projection, at: dict[fx.Node, Tensor], x: Tensor) -> Ten
     """What the fields of a projection say that it makes of ``x``."""
     weight = at[projection.weight].T if projection.transposed else at[projection.weight]
     bias = at[projection.bias] if projection.bias is not None else torch.zeros(len(weight)).to(weight)
-    rows = projection.rows or slice(None)
+    rows = projection.rows.cut if projection.rows else slice(None)
     assert len(weight[rows]) == projection.width
     return F.linear(x, weight[rows], bias[rows])
 
@@ -131,8 +132,8 @@ def test_a_gate_and_an_up_are_told_apart_by_their_rows() -> None:
 
     assert first.ffn is not None
     assert second.ffn is not None
-    assert [p.rows for p in first.ffn.projections] == [slice(0, 4, 1), slice(4, 8, 1)]
-    assert [p.rows for p in second.ffn.projections] == [slice(4, 8, 1), slice(0, 4, 1)]
+    assert [p.rows for p in first.ffn.projections] == [Rows(0, 4), Rows(4, 8)]
+    assert [p.rows for p in second.ffn.projections] == [Rows(4, 8), Rows(0, 4)]
     assert first.ffn.projections[0].weight is first.ffn.projections[1].weight
 
 

@@ -127,7 +127,7 @@ class Recogniser:
         if not all(_one_a_unit(constant, user, projections[0].width) for constant, user in uses):
             return "its activation has parameters that are not one a hidden unit, or of another dtype"
         constants = tuple(dict.fromkeys(constant for constant, _ in uses))
-        bare = normed(inputs.pop(), projections[0].fan_in, self._weights)
+        bare = normed(inputs.pop(), projections[0].fan_in, self._weights, belongs)
         gated = _gated(_Half(leaves, middle))
         return FFN(bare, projections, ordered, constants, down, out.gains, out.scale, gated)
 
@@ -148,7 +148,8 @@ class Recogniser:
         inputs |= {leaf.input for leaf, half in halves.items() if half is not deep[0]}  # of gates on the output
         if len(inputs) > 1:
             return None
-        return GateUp(normed(inputs.pop(), projections[0].fan_in, self._weights), projections, _gated(deep[0]))
+        bare = normed(inputs.pop(), projections[0].fan_in, self._weights, belongs)
+        return GateUp(bare, projections, _gated(deep[0]))
 
     def _output(self, contribution: fx.Node) -> _Output:
         """Take off what multiplies a contribution: numbers, and weights of one value or of one a channel."""

@@ -56,7 +56,7 @@ def _rows_of(
     """The first rows of all FFNs, then the second ones, each column of them padded with so many rows of zeros."""
     parts: list[fx.Node] = []
     for column in columns:
-        own = [pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in zip(ffns, column, strict=True)]
+        own = [pack.weight_of(graph, slot, ffn.normed.factor) for ffn, slot in zip(ffns, column, strict=True)]
         parts += [*own, *pack.zeros(graph, own[0], 0, padding)]
     return pack.cat(graph, parts, 0, f"projections of {names}")
 
@@ -66,7 +66,7 @@ def _biases_of(
 ) -> fx.Node | None:
     """Their biases, a norm's shift included, in the same order; zeros for those who have none, None if nobody has."""
     order = [(ffn, slot) for column in columns for ffn, slot in zip(ffns, column, strict=True)]
-    biases = [pack.bias_of(graph, slot, ffn.normed.shift) for ffn, slot in order]
+    biases = [pack.bias_of(graph, slot, ffn.normed.shifts) for ffn, slot in order]
     filled = _filled(graph, biases, [slot for _, slot in order])
     if not filled:
         return None
@@ -123,8 +123,8 @@ def emit_projections(
     """
     order = [(half.normed, projection) for half in halves for projection in half.projections]
     projections = [projection for _, projection in order]
-    weights = [pack.weight_of(graph, p, normed.gain if folded else None) for normed, p in order]
-    biases = [pack.bias_of(graph, p, normed.shift if folded else None) for normed, p in order]
+    weights = [pack.weight_of(graph, p, normed.factor if folded else pack.ONE) for normed, p in order]
+    biases = [pack.bias_of(graph, p, normed.shifts if folded else ()) for normed, p in order]
     bias = _biases(graph, biases, projections, names)
     weight = pack.cat(graph, weights, 0, f"projections of {names}")
     source = first.projections[0].input

@@ -112,7 +112,7 @@ def _of_call(outer: Normed, node: fx.Node, found: Op, weights: Container[fx.Node
 
 
 def _step(found: Op, width: int, weights: Container[fx.Node]) -> tuple[fx.Node, Factor, Shift | None] | None:
-    """``(x, factor, shift)`` if the op is ``factor * x`` or ``x + shift``, both of weights and literal numbers alone."""
+    """``(x, factor, shift)`` if the op is ``factor * x`` or ``x + shift``, both of weights and numbers alone."""
     if found.name in ("add", "sub") and found.args.get("alpha", 1) == 1:
         pair = times_vector(found, width, weights, found.name) or _times_number(found, weights, found.name)
         if pair is None or (found.name == "sub" and pair[0] is not found.node("input")):
@@ -139,7 +139,8 @@ def unfoldable(affine: Normed) -> str:
         applied = dtype(step)
         if applied is not None and read is not None and applied.itemsize < read.itemsize:
             one, other = (str(each).removeprefix("torch.") for each in (applied, read))
-            return f"its norm applies its gain in {one} and its projections read {other}: to fold it would spare that rounding"
+            reads = f"its norm applies its gain in {one} and its projections read {other}"
+            return f"{reads}: to fold it would spare that rounding"
     return ""
 
 

@@ -107,7 +107,7 @@ def gained(graph: fx.Graph, node: fx.Node, gains: Sequence[fx.Node], like: fx.No
 
 
 def spread(graph: fx.Graph, node: fx.Node, width: int, sizes: tuple[Dim, ...] | None = None) -> fx.Node:
-    """A weight of ``sizes``, its own if none are given: one number, or one for each of ``width`` units, as ``[width]``."""
+    """A weight of ``sizes``, or its own: one number, or one for each of ``width`` units, as ``[width]``."""
     sizes = shape(node) if sizes is None else sizes
     made = graph.call_method("flatten", (node,)) if len(sizes or ()) != 1 else node
     return made if sizes == (width,) else graph.call_method("expand", (made, width))

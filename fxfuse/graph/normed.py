@@ -69,6 +69,13 @@ class Normed:
     steps: tuple[fx.Node, ...] = ()
     fused_call: bool = False
 
+    @property
+    def weights(self) -> tuple[fx.Node, ...]:
+        """The weight-only nodes of factor and shifts."""
+        factors = (self.factor, *(shift.factor for shift in self.shifts))
+        by = tuple(node for factor in factors for node in factor.gains + factor.divisors)
+        return by + tuple(shift.node for shift in self.shifts)
+
 
 def normed(
     output: fx.Node, width: int, weights: Container[fx.Node], belongs: Callable[[fx.Node], bool] = lambda _: True

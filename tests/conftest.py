@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+from fxfuse.kernels import onednn
 from fxfuse.loading import Loaded, load, smollm2_path
 
 # Compilation takes seconds and would trip hypothesis' deadline. Its own "ci" profile has none, and draws the same
@@ -25,6 +27,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores among themselves
+
+
+def pytest_report_header() -> str:
+    """What the suite runs on: a failure elsewhere is told from one everywhere."""
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16) if onednn.computes(dtype)]
+    multiplies = f"oneDNN multiplies {' and '.join(['float32', *dtypes])}" if onednn.available() else "no oneDNN"
+    processor = torch.backends.cpu.get_cpu_capability()
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {processor}; {multiplies}"
 
 
 @pytest.fixture(autouse=True)

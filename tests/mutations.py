@@ -59,8 +59,8 @@ MUTATIONS = (
     Mutation(
         "swap two norms",
         "fxfuse/passes/wide.py",
-        "pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in zip(ffns, column, strict=True)",
-        "pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in zip(ffns[::-1], column, strict=True)",
+        "pack.weight_of(graph, slot, ffn.normed.factor) for ffn, slot in zip(ffns, column, strict=True)",
+        "pack.weight_of(graph, slot, ffn.normed.factor) for ffn, slot in zip(ffns[::-1], column, strict=True)",
         FUSE,
     ),
     Mutation(
@@ -101,7 +101,7 @@ MUTATIONS = (
     Mutation(
         "forget the shift of a norm",
         "fxfuse/passes/wide.py",
-        "pack.bias_of(graph, slot, ffn.normed.shift)",
+        "pack.bias_of(graph, slot, ffn.normed.shifts)",
         "pack.bias_of(graph, slot)",
         FUSE,
     ),
@@ -125,6 +125,20 @@ MUTATIONS = (
         ', repr(found.args.get("eps")))',
         ")",
         ("tests/passes/test_fuse_ffn.py",),
+    ),
+    Mutation(
+        "forget what multiplies a norm's shift",
+        "fxfuse/graph/normed.py",
+        "(Shift(shift.node, taken.factor * shift.factor),)",
+        "(shift,)",
+        ("tests/graph/test_normed.py",),
+    ),
+    Mutation(
+        "lose a number on a norm's output",
+        "fxfuse/passes/pack.py",
+        "    node = scaled(graph, node, factor.number)\n    wanted",
+        "    wanted",
+        ("tests/graph/test_normed.py",),
     ),
 )
 

@@ -358,3 +358,44 @@ def test_norms_in_float32_keep_ffns_apart_in_float64_and_nowhere_else() -> None:
         "its norm applies its gain in float32 and its projections read float64: to fold it would spare that rounding"
     }
     assert is_wide(model.float(), plan, vectors().float())
+
+
+class Modulated(nn.Module):
+    """DiT's adaLN: shift, scale and gate are slices of one projection, of a condition or of the stream's mean."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.norm, self.ada = nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 24)
+        self.up, self.down, self.gated = nn.Linear(8, 12), nn.Linear(12, 8), gated
+
+    def forward(self, h: Tensor, condition: Tensor | None) -> Tensor:
+        condition = h.mean(1, keepdim=True) if condition is None else condition
+        shift, scale, gate = self.ada(F.silu(condition)).chunk(3, -1)
+        out = self.down(F.gelu(self.up(self.norm(h) * (1 + scale) + shift)))
+        return gate * out if self.gated else out
+
+
+class Diffusion(nn.Module):
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Modulated(gated) for _ in range(2))
+
+    def forward(self, h: Tensor, condition: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            h = h + block(h, condition)
+        return h
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("conditioned", [True, False])
+@torch.no_grad()
+def test_slices_of_one_projection_that_modulate_a_norm_are_left_to_it(gated: bool, conditioned: bool) -> None:
+    model, h = Diffusion(gated).double(), vectors()
+    condition = vectors(2, 1, 8, seed=5) if conditioned else None
+    plan = Plan(parallel=[["blocks.0", "blocks.1"]])
+    expected = h + sum(block(h, condition) for block in model.blocks)
+
+    assert not is_wide(model, plan, h, condition)
+    assert_exact([compiled(model, Plan())(h, condition)], [model(h, condition)])
+    torch.compiler.reset()
+    assert_exact([compiled(model, plan)(h, condition)], [expected])

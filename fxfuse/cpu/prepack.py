@@ -24,6 +24,7 @@ from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ops import op
 from fxfuse.graph.order import hazards, overwritten, regions, sort
 from fxfuse.graph.projection import Projection, projection
+from fxfuse.graph.special import unpackable
 from fxfuse.graph.values import parameters, value
 from fxfuse.kernels import onednn
 from fxfuse.passes import pack
@@ -107,6 +108,8 @@ def _linear_maps(graph: fx.Graph, weights: Container[fx.Node]) -> list[_Map]:
         if source is None or own is None or result is None or result.dim() < 2:
             continue
         if not all(each is None or _from_inputs(each) for each in (own.weight, own.bias)):
+            continue
+        if unpackable((own.weight, own.bias)):
             continue
         if not all(_fits(value(each), result) for each in (source, own.weight)):
             continue

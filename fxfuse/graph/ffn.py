@@ -21,6 +21,7 @@ from fxfuse.graph.parts import is_last
 from fxfuse.graph.projection import Projection, mixes, projection
 from fxfuse.graph.rows import hides_its_sizes, passed_on, viewed
 from fxfuse.graph.scale import ONE, Scale, is_number, scaling
+from fxfuse.graph.special import unpackable
 from fxfuse.graph.values import dtype, last_dim, product, shape
 from fxfuse.graph.written import written_by
 
@@ -40,6 +41,12 @@ class GateUp:
     normed: Normed
     projections: tuple[Projection, ...]
     gated: bool
+
+    @property
+    def unpackable(self) -> str:
+        """Why its weights cannot be packed with others; an empty string if they can."""
+        matrices = [node for each in self.projections for node in (each.weight, each.bias)]
+        return unpackable([*matrices, *self.normed.weights])
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,10 @@ class Recogniser:
         if not all(_one_a_unit(constant, user, projections[0].width) for constant, user in uses):
             return "its activation has parameters that are not one a hidden unit, or of another dtype"
         constants = tuple(dict.fromkeys(constant for constant, _ in uses))
-        bare = normed(inputs.pop(), projections[0].fan_in, self._weights)
+        bare = normed(inputs.pop(), projections[0].fan_in, self._weights, belongs)
+        matrices = [node for each in (*projections, down) for node in (each.weight, each.bias)]
+        if special := unpackable([*matrices, *constants, *out.gains, *bare.weights]):
+            return special
         gated = _gated(_Half(leaves, middle))
         return FFN(bare, projections, ordered, constants, down, out.gains, out.scale, gated)
 
@@ -149,7 +159,8 @@ class Recogniser:
         inputs |= {leaf.input for leaf, half in halves.items() if half is not deep[0]}  # of gates on the output
         if len(inputs) > 1:
             return None
-        return GateUp(normed(inputs.pop(), projections[0].fan_in, self._weights), projections, _gated(deep[0]))
+        bare = normed(inputs.pop(), projections[0].fan_in, self._weights, belongs)
+        return GateUp(bare, projections, _gated(deep[0]))
 
     def _output(self, contribution: fx.Node) -> _Output:
         """Take off what multiplies a contribution: numbers, and weights of one value or of one a channel."""

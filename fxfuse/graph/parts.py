@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import fx
 
 from fxfuse.graph.ops import op
 from fxfuse.graph.values import shape
 
-_Rows = Callable[[int], tuple[int, int, int]]
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a matrix: a slice with known bounds, and hashable, as slices are not before Python 3.12."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    @classmethod
+    def of(cls, cut: slice, width: int) -> Rows:
+        """Those that ``cut`` takes of so many."""
+        return cls(*cut.indices(width))
+
+    @property
+    def cut(self) -> slice:
+        return slice(self.start, self.stop, self.step)
+
+    @property
+    def count(self) -> int:
+        return len(range(self.start, self.stop, self.step))
 
 
-def last_dim_part(node: fx.Node) -> tuple[fx.Node, _Rows] | None:
+_Cut = Callable[[int], Rows]
+
+
+def last_dim_part(node: fx.Node) -> tuple[fx.Node, _Cut] | None:
     """``(whole, rows)`` if ``node`` is a slice of ``whole``'s last dimension: ``rows`` maps its width to a range."""
     found = op(node)
     if found is None:
@@ -32,7 +56,7 @@ def last_dim_part(node: fx.Node) -> tuple[fx.Node, _Rows] | None:
                 return whole, lambda width: _tensor_split(width, sections, index)
             return None
         cut = _last_slice(index, source)
-        return None if cut is None else (source, lambda width: cut.indices(width))
+        return None if cut is None else (source, lambda width: Rows.of(cut, width))
     if (
         found.name == "slice"
         and (source := found.node("input")) is not None
@@ -40,7 +64,7 @@ def last_dim_part(node: fx.Node) -> tuple[fx.Node, _Rows] | None:
     ):
         bounds = [found.args.get(key) for key in ("start", "end", "step")]
         if all(bound is None or isinstance(bound, int) for bound in bounds):
-            return source, lambda width: slice(*bounds).indices(width)
+            return source, lambda width: Rows.of(slice(*bounds), width)
     if (
         found.name == "narrow"
         and (source := found.node("input")) is not None
@@ -48,7 +72,7 @@ def last_dim_part(node: fx.Node) -> tuple[fx.Node, _Rows] | None:
     ):
         start, length = found.args.get("start"), found.args.get("length")
         if isinstance(start, int) and isinstance(length, int):
-            return source, lambda width: slice(start, start + length).indices(width)
+            return source, lambda width: Rows.of(slice(start, start + length), width)
     return None
 
 
@@ -58,21 +82,21 @@ def is_last(dim: object, node: fx.Node) -> bool:
     return dim == -1 or (sizes is not None and dim == len(sizes) - 1)
 
 
-def _chunk(width: int, chunks: object, index: int) -> tuple[int, int, int]:
+def _chunk(width: int, chunks: object, index: int) -> Rows:
     assert isinstance(chunks, int)
     return _split(width, -(-width // chunks), index)
 
 
-def _split(width: int, sizes: object, index: int) -> tuple[int, int, int]:
+def _split(width: int, sizes: object, index: int) -> Rows:
     if isinstance(sizes, int):
         sizes = [min(sizes, width - start) for start in range(0, width, sizes)]
     assert isinstance(sizes, list | tuple)
     index = index % len(sizes)
     start = sum(sizes[:index])
-    return start, start + sizes[index], 1
+    return Rows(start, start + sizes[index])
 
 
-def _tensor_split(width: int, sections: int, index: int) -> tuple[int, int, int]:
+def _tensor_split(width: int, sections: int, index: int) -> Rows:
     """The first parts are longer by one where the width is no multiple."""
     least, longer = divmod(width, sections)
     return _split(width, [least + (part < longer) for part in range(sections)], index)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from fxfuse.graph.ops import MATMUL, Op, op
-from fxfuse.graph.parts import last_dim_part
+from fxfuse.graph.parts import Rows, last_dim_part
 from fxfuse.graph.rows import viewed, without_views
 from fxfuse.graph.values import called_module, shape, value
 
@@ -32,7 +32,7 @@ class Projection:
     weight: fx.Node
     bias: fx.Node | None
     transposed: bool
-    rows: slice | None
+    rows: Rows | None
     width: int
     fan_in: int
 
@@ -41,14 +41,13 @@ def projection(node: fx.Node, weights: Container[fx.Node]) -> Projection | None:
     """``node`` as rows of a linear map of something, if it is that; ``weights`` are the weight-only nodes."""
     part = last_dim_part(node)
     if part is not None:
-        whole_node, rows = part
+        whole_node, rows_of = part
         whole = projection(whole_node, weights)
         if whole is None or whole.rows is not None:
             return None
-        start, stop, step = rows(whole.width)
-        width = len(range(start, stop, step))
-        everything = (start, step, width) == (0, 1, whole.width)
-        return replace(whole, output=node, rows=None if everything else slice(start, stop, step), width=width)
+        rows = rows_of(whole.width)
+        everything = rows == Rows(0, whole.width)
+        return replace(whole, output=node, rows=None if everything else rows, width=rows.count)
     found = op(node)
     if found is None:
         return None

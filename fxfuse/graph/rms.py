@@ -23,7 +23,9 @@ def rms(normed: Normed) -> tuple[fx.Node, float] | None:
         return None
     if found.name == "rms_norm":
         sizes, eps, source = found.args.get("shape"), found.args.get("eps"), found.node("input")
-        plain = isinstance(sizes, list | tuple) and len(sizes) == 1 and found.node("weight") in (None, normed.gain)
+        plain = (
+            isinstance(sizes, list | tuple) and len(sizes) == 1 and found.node("weight") in (None, *normed.factor.gains)
+        )
         return (source, float(eps)) if plain and source is not None and isinstance(eps, int | float) else None
     if found.name not in ("mul", "div"):
         return None

@@ -2,12 +2,16 @@
 
 PyTorch's own float32 GEMMs on CPUs go to MKL, which does not use all that processors of other makers can do. oneDNN
 writes code for the processor at hand, and reads weights fastest in a layout of its own, for which `prepack` makes a
-copy. ``torch.ops.fxfuse.linear`` takes a weight, ``torch.ops.fxfuse.prepacked_linear`` such a copy.
+copy. ``torch.ops.fxfuse.linear`` takes a weight, ``torch.ops.fxfuse.prepacked_linear`` such a copy. Where oneDNN cannot
+multiply a dtype, as bfloat16 on processors with no more than AVX2, both are PyTorch's own, over the weight as it is.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("fxfuse", "FRAGMENT")  # its ops live as long as this object does
@@ -26,9 +30,12 @@ def available() -> bool:
 
 
 def computes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of ``dtype`` on this processor."""
-    if not available():
-        return False
+    """Whether oneDNN is there, and multiplies matrices of ``dtype`` on this processor."""
+    return available() and _knows(dtype)
+
+
+@cache
+def _knows(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
@@ -37,17 +44,19 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 def prepack(weight: Tensor) -> Tensor:
-    """A copy of ``weight`` ``[out, in]`` for ``prepacked_linear``; of a tensor without values, a contiguous one.
+    """A copy of ``weight`` ``[out, in]`` for ``prepacked_linear``, opaque: nothing but oneDNN can read it.
 
-    It is opaque: it has a shape and a dtype, and nothing but oneDNN can read it.
+    Of a tensor without values, or of a dtype that oneDNN does not multiply here, the weight itself, contiguous.
     """
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or not computes(weight.dtype):
         return weight.contiguous()
     made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
     return made
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not weight.is_mkldnn and not computes(x.dtype):
+        return F.linear(x, weight, bias)
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made
 
@@ -56,7 +65,7 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_LIBRARY.impl("linear", _linear, "CPU")
 _LIBRARY.impl("prepacked_linear", _linear, "MkldnnCPU")
 for _name in ("linear", "prepacked_linear"):
+    _LIBRARY.impl(_name, _linear, "CPU")
     torch.library.register_fake(f"fxfuse::{_name}", _shape, lib=_LIBRARY)

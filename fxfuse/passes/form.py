@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fxfuse.graph.branch import Branch
@@ -13,29 +15,49 @@ from fxfuse.graph.normed import NORMS
 from fxfuse.graph.ops import op
 from fxfuse.graph.structure import Numbering
 from fxfuse.graph.values import dtype, value
+from fxfuse.passes.unlike import unlike
 
 TRANSPARENT = frozenset("view flatten unflatten squeeze unsqueeze contiguous clone dropout".split())
 """Ops inside an FFN that change no hidden unit; a wide FFN does without them."""
 
 
-def form(branch: Branch, numbering: Numbering) -> Hashable:
-    """Equal for two FFNs exactly if their sum is one wide FFN: same input but for gains, same activation and dtypes."""
+@dataclass(frozen=True)
+class Form:
+    """Equal for two FFNs exactly if their sum is one wide FFN: same input but for gains, same activation and dtypes.
+
+    Attributes:
+        reads: what the projections read, apart from gain and shift.
+        activation: the function of a hidden unit, and of how many projections.
+        multiplier: the symbolic numbers that its contribution is multiplied with.
+        dtypes: of all that it computes with.
+        width: of what it adds.
+        device: of its weights.
+    """
+
+    reads: Hashable
+    activation: tuple[str, int]
+    multiplier: tuple[fx.Node, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    width: int
+    device: torch.device | None
+
+
+def form(branch: Branch, numbering: Numbering) -> Form:
+    """The form of an FFN; ``numbering`` knows the points of the stream."""
     ffn = branch.ffn
     assert ffn is not None
     projections, constants = slots(ffn), constant_slots(ffn)
     places = {each.output: index for index, each in enumerate(projections)}
     places |= {each: len(projections) + index for index, each in enumerate(constants)}
-    return (
-        bare_key(ffn.normed, numbering),
-        _activation(ffn.down.input, places),
-        len(projections),
-        dtype(branch.terms[0].node),
-        branch.scale.nodes,
-        tuple(dtype(p.weight) for p in (*projections, ffn.down)),
-        tuple(map(dtype, constants)),
-        dtype(projections[0].input),
-        ffn.down.width,
-        None if (found := value(ffn.down.weight)) is None else found.device,
+    weights = [each.weight for each in (*projections, ffn.down)]
+    found = value(ffn.down.weight)
+    return Form(
+        reads=bare_key(ffn.normed, numbering),
+        activation=(_activation(ffn.down.input, places), len(projections)),
+        multiplier=branch.scale.nodes,
+        dtypes=tuple(map(dtype, (branch.terms[0].node, projections[0].input, *weights, *constants))),
+        width=ffn.down.width,
+        device=None if found is None else found.device,
     )
 
 
@@ -44,17 +66,24 @@ def difference(branch: Branch, siblings: Sequence[Branch], numbering: Numbering)
     others = [other for other in siblings if other.ffn is not None and other is not branch]
     if not others:
         return "no other FFN of a form that can be made wide is added to the stream at the same place"
-    assert branch.ffn is not None
-    own = bare_key(branch.ffn.normed, numbering)
-    same_input = [other for other in others if other.ffn is not None and bare_key(other.ffn.normed, numbering) == own]
-    if any(form(other, numbering) == form(branch, numbering) for other in same_input):
+    own = form(branch, numbering)
+    forms = {other.name: form(other, numbering) for other in others}
+    if own in forms.values():
         return "its width differs, and weights='share' takes FFNs of one width only"
-    if any(other.scale.nodes != branch.scale.nodes for other in same_input):
+    same_input = {name: each for name, each in forms.items() if each.reads == own.reads}
+    if any(each.multiplier != own.multiplier for each in same_input.values()):
         return "its multiplier is a symbolic number of its own; compile without dynamic=True"
-    if same_input:
-        return f"its activation or dtype differs from that of {same_input[0].name}"
-    if any(other.read is branch.read for other in others):
-        return f"its norm differs from that of {others[0].name} by more than a gain (another eps or another kind)"
+    for name, each in same_input.items():
+        if each.activation != own.activation:
+            return f"its activation differs from that of {name}"
+        if each.dtypes != own.dtypes:
+            return f"it computes in other dtypes than {name}"
+        if each.device != own.device:
+            return f"its weights are on another device than those of {name}"
+        return f"it adds a value of another width than {name}"
+    same_point = next((other for other in others if other.read is branch.read), None)
+    if same_point is not None:
+        return unlike(branch, same_point, numbering)
     return f"it reads another point of the stream than {others[0].name}"
 
 

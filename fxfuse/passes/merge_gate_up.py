@@ -117,6 +117,9 @@ def _groups(
         half = branch.gate_up
         if half is None or any(PACK in p.weight.meta for p in half.projections):
             continue  # the latter is wide already
+        if half.unpackable:
+            report.refused.append(Edit((branch.name,), "merge", half.unpackable))
+            continue
         first = half.projections[0]
         rounding = "" if share else unfoldable(half.normed)
         if rounding and several:

@@ -14,14 +14,17 @@ import torch
 from torch import fx
 
 from fxfuse.graph.ffn import Projection
-from fxfuse.graph.values import dtype, shape, value
+from fxfuse.graph.normed import Factor, Shift
+from fxfuse.graph.values import Dim, dtype, shape, value
 
 PACK = "fxfuse_pack"
 """Key of ``node.meta`` that marks the root of a packed weight; its value says what it is."""
 
+ONE = Factor()
 
-def weight_of(graph: fx.Graph, projection: Projection, gain: fx.Node | None = None) -> fx.Node:
-    """The projection's own rows as ``[width, in]``, each input scaled by ``gain`` (``[in]``), in the weight's dtype.
+
+def weight_of(graph: fx.Graph, projection: Projection, factor: Factor = ONE) -> fx.Node:
+    """The projection's own rows as ``[width, in]``, each input scaled by ``factor``, in the weight's dtype.
 
     ``W diag(gain)`` keeps a norm's gain exactly: the product is formed in the wider of the two dtypes, rounded once.
     """
@@ -29,23 +32,26 @@ def weight_of(graph: fx.Graph, projection: Projection, gain: fx.Node | None = No
     if projection.transposed:
         node = graph.call_method("t", (node,))
     if projection.rows is not None:
-        node = graph.call_function(getitem, (node, projection.rows))
-    if gain is not None:
-        product = graph.call_function(torch.mul, (node, vector(graph, gain)))
-        wanted, other = dtype(projection.weight), dtype(gain)
-        node = product if wanted == other or wanted is None else graph.call_method("to", (product, wanted))
-    return node
+        node = graph.call_function(getitem, (node, projection.rows.cut))
+    for function, by in ((torch.mul, factor.gains), (torch.div, factor.divisors)):
+        for each in by:
+            node = graph.call_function(function, (node, vector(graph, each)))
+    node = scaled(graph, node, factor.number)
+    wanted = dtype(projection.weight)
+    plain = wanted is None or all(dtype(each) == wanted for each in factor.gains + factor.divisors)
+    return node if plain else graph.call_method("to", (node, wanted))
 
 
-def bias_of(graph: fx.Graph, projection: Projection, shift: fx.Node | None = None) -> fx.Node | None:
-    """The projection's bias ``[width]``, with what a norm's ``shift`` (``[in]``) adds through the weight; or None."""
+def bias_of(graph: fx.Graph, projection: Projection, shifts: Sequence[Shift] = ()) -> fx.Node | None:
+    """The projection's bias ``[width]``, with what a norm's ``shifts`` add through the weight; or None."""
     node = projection.bias
     if node is not None and projection.rows is not None:
-        node = graph.call_function(getitem, (node, projection.rows))
-    if shift is None:
-        return node
-    through = graph.call_function(torch.mv, (weight_of(graph, projection), vector(graph, shift, projection.weight)))
-    return through if node is None else graph.call_function(torch.add, (through, node))
+        node = graph.call_function(getitem, (node, projection.rows.cut))
+    for shift in shifts:
+        added = spread(graph, _as(graph, shift.node, projection.weight), projection.fan_in, shape(shift.node))
+        through = graph.call_function(torch.mv, (weight_of(graph, projection, shift.factor), added))
+        node = through if node is None else graph.call_function(torch.add, (through, node))
+    return node
 
 
 def zeros_for(graph: fx.Graph, projection: Projection) -> fx.Node:
@@ -100,17 +106,17 @@ def gained(graph: fx.Graph, node: fx.Node, gains: Sequence[fx.Node], like: fx.No
     return node if all(dtype(gain) == dtype(like) for gain in gains) else graph.call_method("to", (node, dtype(like)))
 
 
-def spread(graph: fx.Graph, node: fx.Node, width: int) -> fx.Node:
-    """A weight that is one number, or one for each of ``width`` units, as ``[width]``."""
-    made = graph.call_method("flatten", (node,)) if len(shape(node) or ()) != 1 else node
-    return made if shape(node) == (width,) else graph.call_method("expand", (made, width))
+def spread(graph: fx.Graph, node: fx.Node, width: int, sizes: tuple[Dim, ...] | None = None) -> fx.Node:
+    """A weight of ``sizes``, or its own: one number, or one for each of ``width`` units, as ``[width]``."""
+    sizes = shape(node) if sizes is None else sizes
+    made = graph.call_method("flatten", (node,)) if len(sizes or ()) != 1 else node
+    return made if sizes == (width,) else graph.call_method("expand", (made, width))
 
 
-def vector(graph: fx.Graph, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
-    """A gain or a shift as ``[in]``, in the dtype of ``like``; some models keep it as ``[1, 1, in]``."""
+def vector(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A gain as ``[in]`` or ``[1]``; some models keep it as ``[1, 1, in]``."""
     sizes = shape(node)
-    made = node if like is None else _as(graph, node, like)
-    return made if sizes is None or len(sizes) == 1 else graph.call_method("flatten", (made,))
+    return node if sizes is None or len(sizes) == 1 else graph.call_method("flatten", (node,))
 
 
 def _as(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:

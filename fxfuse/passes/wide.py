@@ -11,6 +11,7 @@ from torch import fx
 from fxfuse.graph.branch import STAMP, Branch
 from fxfuse.graph.ffn import FFN, GateUp, Normed, Projection
 from fxfuse.graph.ops import op
+from fxfuse.graph.parts import Rows
 from fxfuse.graph.scale import Scale
 from fxfuse.graph.values import Dim, dtype, shape
 from fxfuse.passes import pack
@@ -55,7 +56,7 @@ def _rows_of(
     """The first rows of all FFNs, then the second ones, each column of them padded with so many rows of zeros."""
     parts: list[fx.Node] = []
     for column in columns:
-        own = [pack.weight_of(graph, slot, ffn.normed.gain) for ffn, slot in zip(ffns, column, strict=True)]
+        own = [pack.weight_of(graph, slot, ffn.normed.factor) for ffn, slot in zip(ffns, column, strict=True)]
         parts += [*own, *pack.zeros(graph, own[0], 0, padding)]
     return pack.cat(graph, parts, 0, f"projections of {names}")
 
@@ -65,7 +66,7 @@ def _biases_of(
 ) -> fx.Node | None:
     """Their biases, a norm's shift included, in the same order; zeros for those who have none, None if nobody has."""
     order = [(ffn, slot) for column in columns for ffn, slot in zip(ffns, column, strict=True)]
-    biases = [pack.bias_of(graph, slot, ffn.normed.shift) for ffn, slot in order]
+    biases = [pack.bias_of(graph, slot, ffn.normed.shifts) for ffn, slot in order]
     filled = _filled(graph, biases, [slot for _, slot in order])
     if not filled:
         return None
@@ -122,8 +123,8 @@ def emit_projections(
     """
     order = [(half.normed, projection) for half in halves for projection in half.projections]
     projections = [projection for _, projection in order]
-    weights = [pack.weight_of(graph, p, normed.gain if folded else None) for normed, p in order]
-    biases = [pack.bias_of(graph, p, normed.shift if folded else None) for normed, p in order]
+    weights = [pack.weight_of(graph, p, normed.factor if folded else pack.ONE) for normed, p in order]
+    biases = [pack.bias_of(graph, p, normed.shifts if folded else ()) for normed, p in order]
     bias = _biases(graph, biases, projections, names)
     weight = pack.cat(graph, weights, 0, f"projections of {names}")
     source = first.projections[0].input
@@ -167,10 +168,9 @@ def _row_order(ffns: Sequence[FFN]) -> list[int]:
 
 def _rows(graph: fx.Graph, own: Sequence[Projection]) -> list[fx.Node]:
     """The weights of an FFN's projections, top to bottom; a packed one that holds them in this order stays whole."""
-    bounds = [(slot.rows.start, slot.rows.stop, slot.rows.step) if slot.rows else None for slot in own]
     starts = [sum(slot.width for slot in own[:index]) for index in range(len(own))]
-    whole = [(start, start + slot.width, 1) for start, slot in zip(starts, own, strict=True)]
-    if len({slot.weight for slot in own}) == 1 and not own[0].transposed and bounds == whole:
+    whole = [Rows(start, start + slot.width) for start, slot in zip(starts, own, strict=True)]
+    if len({slot.weight for slot in own}) == 1 and not own[0].transposed and [slot.rows for slot in own] == whole:
         return [own[0].weight]
     return [pack.weight_of(graph, slot) for slot in own]
 

@@ -17,6 +17,7 @@ import fxfuse
 from fxfuse import Plan, weights
 from fxfuse.cpu import prepack as module
 from fxfuse.cpu import race
+from fxfuse.cpu.gemm import gemm
 from fxfuse.cpu.gemv import compiled_loops, loops_win
 from fxfuse.cpu.race import Size
 from fxfuse.kernels import onednn
@@ -38,11 +39,27 @@ OPTIONS: dict[str, Any] = {"prepack": True, "inner": "eager"}
 
 @pytest.fixture(autouse=True)
 def always_faster() -> Iterator[None]:
-    """So that it is not up to this machine, nor to sizes."""
+    """Wherever oneDNN can do it at all, so that it is not up to this machine's times, nor to sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "prepacked_wins", lambda size: size.dtype in (torch.float32, torch.bfloat16))
+        patch.setattr(module, "prepacked_wins", lambda size: onednn.computes(size.dtype))
         patch.setattr(module, "LEAST", 0)
         yield
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a processor with AVX2 and no more, where oneDNN refuses to multiply bfloat16."""
+    knows = onednn._knows
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("bf16 path needs the cpu support avx512bw")
+
+    monkeypatch.setattr(onednn, "_knows", lambda dtype: dtype != torch.bfloat16 and knows(dtype))
+    for name in ("_reorder_linear_weight", "_linear_pointwise"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, refuse)
+    gemm.cache_clear()
+    yield
+    gemm.cache_clear()
 
 
 class Attention(nn.Module):
@@ -106,7 +123,20 @@ def test_every_spelling_of_a_linear_map(make: Callable[[], nn.Module], count: in
     run = compiled(model)
 
     assert_close(run(rows(dtype=dtype)), copy.deepcopy(model).double()(rows(dtype=dtype).double()))
-    assert len(prepacked()) == count
+    assert len(prepacked()) == (count if onednn.computes(dtype) else 0)
+
+
+@pytest.mark.parametrize("make", [Attention, Conv1D, ByHand])
+@pytest.mark.usefixtures("no_bfloat16")
+@torch.no_grad()
+def test_what_the_processor_cannot_multiply_is_not_prepacked(make: Callable[[], nn.Module]) -> None:
+    model = make().bfloat16()
+    x = rows(dtype=torch.bfloat16)
+
+    assert_close(compiled(model)(x), copy.deepcopy(model).double()(x.double()))
+    assert not prepacked()
+    assert not MEASURED.__wrapped__(Size.of(1, 256, 256, torch.bfloat16))
+    assert gemm(Size.of(9, 256, 256, torch.bfloat16)) is not torch.ops.fxfuse.linear
 
 
 @pytest.mark.slow
@@ -310,6 +340,18 @@ def test_the_op(bias: Tensor | None, dtype: torch.dtype) -> None:
     made = torch.ops.fxfuse.prepacked_linear(rows(dtype=dtype), onednn.prepack(weight), bias)
 
     assert_close(made, F.linear(rows(dtype=dtype), weight, bias).double())
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(24)])
+@pytest.mark.usefixtures("no_bfloat16")
+def test_the_ops_are_pytorchs_own_where_onednn_cannot_multiply(bias: Tensor | None) -> None:
+    weight = (torch.arange(24 * 16).view(24, 16) / 100).sin().bfloat16()
+    bias = None if bias is None else bias.bfloat16()
+    x = rows(dtype=torch.bfloat16)
+    exact = F.linear(x, weight, bias)
+
+    assert torch.equal(torch.ops.fxfuse.prepacked_linear(x, onednn.prepack(weight), bias), exact)
+    assert torch.equal(torch.ops.fxfuse.linear(x, weight, bias), exact)
 
 
 def test_the_option_is_checked() -> None:

@@ -264,42 +264,75 @@ def test_every_concatenation_of_weights_is_marked_as_a_pack(road: str) -> None:
 UNLIKE: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
     "another eps": (
         lambda: [Layer(SwiGLU(), nn.RMSNorm(WIDTH, eps=eps)) for eps in (1e-5, 1e-6)],
-        "its norm differs from that of groups.{group}.layers.{other}.body by more than a gain (another eps",
+        "its norm has eps={eps}, and that of groups.{group}.layers.{other}.body eps={other_eps}",
     ),
     "another eps by hand": (
         lambda: [Layer(SwiGLU(), make_norm(s.Norm("rms_hf", eps), WIDTH)) for eps in (1e-5, 1e-6)],
-        "by more than a gain",
+        "its norm has eps={eps}, and that of groups.{group}.layers.{other}.body eps={other_eps}",
     ),
     "no eps given beside one": (
         lambda: [Layer(SwiGLU(), nn.RMSNorm(WIDTH, eps=eps)) for eps in (None, 1e-5)],
-        "by more than a gain",
+        "its norm has eps=",
     ),
     "another kind of norm": (
         lambda: [Layer(SwiGLU(), nn.RMSNorm(WIDTH, eps=1e-5)), Layer(SwiGLU(), nn.LayerNorm(WIDTH))],
-        "by more than a gain",
+        "it reads a {kind}, and groups.{group}.layers.{other}.body reads a {other_kind}",
     ),
-    "a norm beside none": (lambda: [Layer(SwiGLU()), Layer(SwiGLU(), nn.Identity())], "by more than a gain"),
+    "a norm beside none": (
+        lambda: [Layer(SwiGLU()), Layer(SwiGLU(), nn.Identity())],
+        "the stream without a norm",
+    ),
+    "a norm that is one call beside one that is written out": (
+        lambda: [Layer(SwiGLU(), make_norm(s.Norm(kind, 1e-5), WIDTH)) for kind in ("rms_hf", "rms_module")],
+        "an rms_norm written out",
+    ),
+    "learned numbers inside of what is no norm": (
+        lambda: [Layer(SwiGLU(), Squashed()), Layer(SwiGLU(), Squashed())],
+        "with a weight of its own inside (groups.{group}.layers.{index}.norm.alpha), which cannot be folded into its "
+        "projections as a gain can, so it cannot be wide with groups.{group}.layers.{other}.body",
+    ),
+    "other numbers inside of what is no norm": (
+        lambda: [Layer(SwiGLU(), Squashed(power)) for power in (2, 4)],
+        "with exponent=",
+    ),
+    "functions in the place of a norm": (
+        lambda: [Layer(SwiGLU(), nn.Tanh()), Layer(SwiGLU(), nn.Sigmoid())],
+        "and groups.{group}.layers.{other}.body reads ",
+    ),
     "another activation": (
         lambda: [SwiGLU(), FFNBody(s.FFN(activation="gelu"), WIDTH)],
-        "its activation or dtype differs from that of groups.{group}.layers.{other}.body",
+        "its activation differs from that of groups.{group}.layers.{other}.body",
     ),
     "another approximation": (
         lambda: [FFNBody(s.FFN(activation=kind), WIDTH) for kind in ("gelu", "gelu_tanh")],
-        "its activation or dtype differs",
+        "its activation differs",
     ),
     "an inner multiplier": (
         lambda: [FFNBody(s.FFN(gate_scale=scale), WIDTH) for scale in (None, 0.5)],
-        "its activation or dtype differs",
+        "its activation differs",
     ),
-    "another activation of the same units": (lambda: [SwiGLU(), GatedByTanh()], "its activation or dtype differs"),
-    "gated beside plain": (lambda: [SwiGLU(), MLP(activation=F.silu)], "its activation or dtype differs"),
-    "another dtype": (lambda: [SwiGLU(), Narrow()], "its activation or dtype differs"),
+    "another activation of the same units": (lambda: [SwiGLU(), GatedByTanh()], "its activation differs"),
+    "gated beside plain": (lambda: [SwiGLU(), MLP(activation=F.silu)], "its activation differs"),
+    "another dtype": (lambda: [SwiGLU(), Narrow()], "it computes in other dtypes than groups."),
     "a number in the activation beside a literal": (
         lambda: [Sloped(1), MLP(activation=lambda x: torch.where(x > 0, x, 0.1 * x) + 0.2)],
-        "its activation or dtype differs",
+        "its activation differs",
     ),
-    "numbers used elsewhere in the activation": (lambda: [Sloped(1), Started()], "its activation or dtype differs"),
+    "numbers used elsewhere in the activation": (lambda: [Sloped(1), Started()], "its activation differs"),
 }
+
+
+class Squashed(nn.Module):
+    """DyT: ``gain * tanh(alpha * x) + shift`` (arXiv 2503.10622), and a neighbour of it."""
+
+    def __init__(self, power: int | None = None) -> None:
+        super().__init__()
+        self.alpha, self.power = nn.Parameter(torch.ones(1)), power
+        self.gain, self.shift = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.alpha * x if self.power is None else x**self.power
+        return self.gain * torch.tanh(x) + self.shift
 
 
 class Started(Sloped):
@@ -337,7 +370,16 @@ def test_ffns_that_differ_in_more_are_refused_with_the_difference(road: str, sha
     for edit in report.refused:
         _, group, _, index, _ = edit.branches[0].split(".")
         words = list(UNLIKE.values())[int(group)][1]
-        assert words.format(group=group, other=1 - int(index)) in edit.detail
+        told = {
+            "group": group,
+            "index": index,
+            "other": 1 - int(index),
+            "eps": (1e-5, 1e-6)[int(index)],
+            "other_eps": (1e-6, 1e-5)[int(index)],
+            "kind": ("rms_norm", "layer_norm")[int(index)],
+            "other_kind": ("layer_norm", "rms_norm")[int(index)],
+        }
+        assert words.format(**told) in edit.detail
     assert {edit.branches[0].split(".")[1] for edit in report.refused} == set(map(str, range(len(UNLIKE))))
 
 
@@ -561,7 +603,7 @@ def test_a_gain_under_a_rounding_cast_is_not_folded(dtype: torch.dtype, road: st
     _, report = fused(Side(*(Layer(SwiGLU(), Rounded(dtype)) for _ in range(2))), road, linears=None)
 
     assert not report.done
-    assert all("its norm differs" in edit.detail for edit in report.refused)
+    assert all("norm.weight), which cannot be folded into its projections" in edit.detail for edit in report.refused)
 
 
 @torch.no_grad()

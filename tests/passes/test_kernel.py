@@ -58,6 +58,23 @@ def test_what_can_be_wide_can_be_a_kernels(name: str) -> None:
     assert len(calls(traced)) == (name not in WITHOUT)
 
 
+def test_a_number_on_a_norms_output_is_folded_and_the_norm_computed_by_the_kernel() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.norm, self.by = nn.RMSNorm(WIDTH, eps=1e-5), by
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.by * self.norm(x)
+
+    model = ready(Stream(*(Layer(SwiGLU(), Scaled(by)) for by in (1.7, 0.6))))
+    traced = planned(model)
+
+    assert_same(traced(), side_by_side(model, vectors()))
+    (call,) = calls(traced)
+    assert argument(call, "eps") == 1e-5
+
+
 def test_the_report_says_what_computes_it() -> None:
     def detail(model: Stream) -> str:
         (report,) = [each for each in planned(model).gm.meta[REPORTS] if each.name == "fuse_ffn"]

@@ -1,0 +1,19 @@
+"""Slices of the last dimension: the same rows as Python's own slices take, and hashable on every Python."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxfuse.graph.parts import Rows
+
+
+@pytest.mark.parametrize("cut", [slice(None), slice(2, 5), slice(-3, None), slice(None, 40, 2), slice(5, 2)])
+def test_rows_are_those_of_the_slice(cut: slice) -> None:
+    rows, whole = Rows.of(cut, 8), list(range(8))
+
+    assert whole[rows.cut] == whole[cut]
+    assert rows.count == len(whole[cut])
+
+
+def test_rows_are_keys() -> None:
+    assert {Rows(0, 4): "gate", Rows(4, 8): "up"}[Rows(4, 8, 1)] == "up"

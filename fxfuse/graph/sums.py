@@ -211,7 +211,7 @@ def _residual_sums(
             stream = next((t for t in data if _feeds(passed.get(ways[t.node][-1], 0), t, terms, ancestors)), None)
         if stream is None or [t.node for t in terms].count(stream.node) > 1:
             continue
-        multiple = None if stream.scale.is_one else _multiple(root, stream.node, constant, closed)
+        multiple = None if stream.scale.is_one else _multiple(root, stream.node, constant, closed, rewritten)
         if multiple is not None:
             scaled.add(multiple)
             continue
@@ -232,7 +232,13 @@ def _bits(total: fx.Node, nodes: list[fx.Node], bit: Mapping[fx.Node, int]) -> i
     return found
 
 
-def _multiple(root: fx.Node, stream: fx.Node, constant: set[fx.Node], closed: Container[fx.Node]) -> fx.Node | None:
+def _multiple(
+    root: fx.Node,
+    stream: fx.Node,
+    constant: set[fx.Node],
+    closed: Container[fx.Node],
+    rewritten: Container[fx.Node],
+) -> fx.Node | None:
     """The operand that is a multiple of an inner sum which holds ``stream``, if there is one."""
     found = op(root)
     for name in ("input", "other"):
@@ -240,14 +246,15 @@ def _multiple(root: fx.Node, stream: fx.Node, constant: set[fx.Node], closed: Co
         if found is None or operand is None or operand is stream or operand in closed:
             continue
         inner, multiple = _alone(operand, ONE)
-        rounded = _rounded(inner, constant)
-        opened = [] if rounded or not _opens(inner, constant) else flatten(inner, constant, closed=closed)
+        rounded = _rounded(inner, constant, rewritten)
+        opens = not rounded and _opens(inner, constant, rewritten)
+        opened = flatten(inner, constant, closed=closed, rewritten=rewritten) if opens else []
         if stream not in (*rounded, *(term.node for term in opened)):
             continue
         taken_as_it_is = name == "input" or (found.name == "add" and found.args.get("alpha", 1) == 1)
         if not (multiple.is_one and taken_as_it_is):
             return operand
-        return _multiple(inner, stream, constant, closed) if opened else None
+        return _multiple(inner, stream, constant, closed, rewritten) if opened else None
     return None
 
 

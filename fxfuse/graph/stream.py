@@ -223,7 +223,11 @@ class _Finder:
         if gate_up is not None and any(mixes(node) for node in self._before(gate_up.normed.output, body)):
             ffn, gate_up, reason = None, None, reason or "its input is not the stream but what another layer made of it"
         if crossing := self._crossing(nodes, body):
-            ffn, gate_up, reason = None, None, "a sum of another residual stream is a part of it: the two feed each other"
+            ffn, gate_up, reason = (
+                None,
+                None,
+                "a sum of another residual stream is a part of it: the two feed each other",
+            )
         kind = kind_of(nodes, ffn, gate_up, self._constant)
         if kind == "attention":
             gate_up, reason = None, "attention"

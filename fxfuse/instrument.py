@@ -170,6 +170,8 @@ class Instrumented:
         contributions: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
         new: Values = {}
+        for node, made in changed.items():  # it may be an output itself
+            outputs.update((position, made) for position, output in enumerate(self._outputs) if output is node)
         for node, value in self._program.rerun(job, self._kept, changed):
             for position in [p for p, output in enumerate(self._outputs) if output is node]:
                 outputs[position] = _tensor(value)

@@ -140,6 +140,34 @@ MUTATIONS = (
         "    wanted",
         ("tests/graph/test_normed.py",),
     ),
+    Mutation(
+        "forget the factor of a stream",
+        "fxfuse/passes/base.py",
+        "start = _times(graph, taken, [*each.stream.scale.nodes, *([] if number == 1.0 else [number])])",
+        "start = taken",
+        ("tests/passes/test_factors.py",),
+    ),
+    Mutation(
+        "take both sides of a factor for one point",
+        "fxfuse/graph/stream.py",
+        "if not index or link(node) is None:",
+        "if not index:",
+        ("tests/passes/test_factors.py",),
+    ),
+    Mutation(
+        "measure a group without the factors between",
+        "fxfuse/instrument.py",
+        "{**self._kept, place.sum.stream.node: made, **passed}",
+        "{**self._kept, place.sum.stream.node: made}",
+        ("tests/passes/test_factors.py",),
+    ),
+    Mutation(
+        "move what feeds a branch with it",
+        "fxfuse/passes/parallelize.py",
+        "if branch.crossing:",
+        "if False:",
+        ("tests/graph/test_feeding.py",),
+    ),
 )
 
 

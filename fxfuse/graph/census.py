@@ -39,7 +39,7 @@ class Census:
         products: matrix products and attentions, by the name of their op.
         adds: adds of two values of one shape that depend on the input.
         sums: those among them of which one operand descends from the other: residual sums.
-        scaled: those of which one operand descends from what the other is a multiple of: ``c * h + f(h)``.
+        scaled: others of which one operand descends from what the other is a multiple of: ``M @ h + f(h)``.
         rounded: those of which one operand descends from what the other is the rounded value of: ``round(h) + f(h)``.
         unknown: calls that the vocabulary has no name for, the most frequent first.
     """
@@ -74,8 +74,8 @@ class Census:
             return "nothing is added to a value of its own shape"
         if self.scaled > self.sums:
             return (
-                f"{self.scaled} sums multiply the stream itself, as in c * h + f(h): such a sum is no h + f(h), so "
-                "nothing can be dropped from it or moved along it"
+                f"{self.scaled} sums multiply the stream itself with more than numbers and vectors of weights, as in "
+                "M @ h + f(h): such a sum is no h + f(h), so nothing can be dropped from it or moved along it"
             )
         if self.rounded > self.sums:
             return f"{self.rounded} sums are computed in a lower precision than the stream has, and round it"

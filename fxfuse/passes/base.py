@@ -111,7 +111,7 @@ def _times(graph: fx.Graph, node: fx.Node, factors: Sequence[fx.Node | float]) -
     """``node`` times numbers, inserted at the graph's insertion point."""
     for factor in factors:
         made = graph.call_function(torch.mul, (node, factor))
-        made.meta = _meta_of(node)
+        made.meta = {key: held for key, held in node.meta.items() if key in ("example_value", "val", STAMP)}
         node = made
     return node
 

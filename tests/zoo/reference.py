@@ -38,10 +38,36 @@ def in_parallel(blocks: Sequence[Block]) -> Iterator[None]:
             handle.remove()
 
 
+def multiplies_its_stream(model: Any, inputs: Mapping[str, Tensor], blocks: Sequence[Block]) -> bool:
+    """Whether a layer, all parts of which add nothing, hands on another stream than it takes, but for a constant.
+
+    What such a layer adds is not ``layer(h) - h``.
+    """
+    varying: list[bool] = []
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        made = out[0] if isinstance(out, tuple) else out
+        if isinstance(given, Tensor) and isinstance(made, Tensor) and made.shape == given.shape:
+            change = (made - given).flatten(0, -2)
+            varying.append(bool((change - change[:1]).abs().max() > 1e-9 * given.abs().max()))
+
+    handles = [block.module.register_forward_hook(compare, with_kwargs=True) for block in blocks]
+    try:
+        with silenced(blocks, ("attention", "mixer", "ffn", "moe", "shared")):
+            outputs(model, inputs)
+    except ValueError:
+        return False  # a part is more than a branch, which the comparison itself will say
+    finally:
+        for handle in handles:
+            handle.remove()
+    return any(varying)
+
+
 @contextmanager
-def silenced(blocks: Sequence[Block]) -> Iterator[None]:
-    """The attention and other mixers of tokens of ``blocks`` add nothing, until the end of the block."""
-    sites = [site for block in blocks for site in block.sites if site.part in ("attention", "mixer")]
+def silenced(blocks: Sequence[Block], parts: Sequence[str] = ("attention", "mixer")) -> Iterator[None]:
+    """The attention and other mixers of tokens of ``blocks``, or other ``parts``, add nothing until the block ends."""
+    sites = [site for block in blocks for site in block.sites if site.part in parts]
     handles = [site.last.register_forward_hook(_nothing) for site in sites]
     try:
         yield

@@ -25,6 +25,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores among themselves
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # nor does each keep a pool of compilers of its own
 
 
 def pytest_report_header() -> str:

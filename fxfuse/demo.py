@@ -97,10 +97,10 @@ class Result:
         return json.dumps(found, indent=2)
 
 
-def run(loaded: Loaded, folder: Path, max_kl: float, sizes: Sizes, console: Console) -> Result:
+def run(loaded: Loaded, folder: Path, max_kl: float, sizes: Sizes, console: Console, inner: str = "inductor") -> Result:
     """Run the whole demo; writes recording.safetensors, plan.json and heatmap.png to ``folder``.
 
-    A recording that is there is used again if it is of this model.
+    A recording that is there is used again if it is of this model. ``inner`` compiles what is timed.
 
     Raises:
         FxfuseError: whatever stands in the way.
@@ -131,9 +131,8 @@ def run(loaded: Loaded, folder: Path, max_kl: float, sizes: Sizes, console: Cons
     metrics = _evaluated(loaded, programs, plans, sizes)
     _show_metrics(console, metrics)
     console.rule("5  what it gains")
-    latencies, cache = _timed(
-        programs, plans, _prompt(loaded, sizes.prompt), _prompt(loaded, sizes.context), sizes.repeats
-    )
+    prompt, context = _prompt(loaded, sizes.prompt), _prompt(loaded, sizes.context)
+    latencies, cache = _timed(programs, plans, prompt, context, sizes.repeats, inner)
     result = Result(plan, metrics, latencies, cache, Machine.here())
     _show_latencies(console, result)
     return result
@@ -175,24 +174,30 @@ def _prompt(loaded: Loaded, length: int) -> Tensor:
 
 
 def _timed(
-    programs: Mapping[str, nn.Module], plans: Mapping[str, Plan], prompt: Tensor, context: Tensor, repeats: int
+    programs: Mapping[str, nn.Module],
+    plans: Mapping[str, Plan],
+    prompt: Tensor,
+    context: Tensor,
+    repeats: int,
+    inner: str,
 ) -> tuple[tuple[Latency, ...], dict[str, float]]:
     held = {name: cache_bytes_per_token(model, prompt) for name, model in programs.items()}
     first = programs[ORIGINAL]
-    compiled = {ORIGINAL: _compiled(first, None), AGAIN: _compiled(first, None), UNPLANNED: _compiled(first, Plan())}
-    compiled |= {name: _compiled(programs[name], plan) for name, plan in plans.items()}
+    compiled = {name: _compiled(first, None, inner) for name in (ORIGINAL, AGAIN)}
+    compiled |= {UNPLANNED: _compiled(first, Plan(), inner)}
+    compiled |= {name: _compiled(programs[name], plan, inner) for name, plan in plans.items()}
     caches = {name: filled_cache(programs.get(name, programs[ORIGINAL]), context) for name in compiled}
     return (prefill(compiled, prompt, repeats // 2 + 1), decode(compiled, caches, context, repeats)), held
 
 
-def _compiled(model: nn.Module, plan: Plan | None) -> Program:
-    """The model under ffnfuse, or, without a plan, under inductor.
+def _compiled(model: nn.Module, plan: Plan | None, inner: str) -> Program:
+    """The model under ffnfuse, or, without a plan, under ``inner`` alone.
 
     Apart: programs that share code would be looked up among each other's graphs.
     """
     if plan is None:
-        return torch.compile(twin(model), dynamic=False, **APART)
-    options: Any = {"plan": plan}  # torch hands on what its annotation forbids
+        return torch.compile(twin(model), backend=inner, dynamic=False, **APART)
+    options: Any = {"plan": plan, "inner": inner}  # torch hands on what its annotation forbids
     return torch.compile(twin(model), backend="ffnfuse", options=options, dynamic=False, **APART)
 
 

@@ -27,6 +27,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores among themselves
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # nor does each keep a pool of compilers of its own
 
 
 def pytest_report_header() -> str:

@@ -193,7 +193,7 @@ def test_the_demo_shows_and_writes_everything(llama_with_words: str, tmp_path: P
     sizes = Sizes(length=8, record=16, plan=16, evaluate=32, prompt=6, context=9, repeats=2)
     shown = io.StringIO()
 
-    result = run_demo(load(llama_with_words), tmp_path, 1e9, sizes, Console(file=shown, width=200))
+    result = run_demo(load(llama_with_words), tmp_path, 1e9, sizes, Console(file=shown, width=200), "eager")
 
     assert {path.name for path in tmp_path.iterdir()} == {"recording.safetensors", "plan.json", "heatmap.png"}
     assert Plan.load(tmp_path / "plan.json") == result.plan

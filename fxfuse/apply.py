@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import trace_rules
 
 from fxfuse.capture import own_code
+from fxfuse.force import Watch, unwatch, watch_of
 from fxfuse.options import Compiler, Options
 from fxfuse.plan import Plan
-from fxfuse.prune import prune
+from fxfuse.prune import prune_until
 
 
 def apply(
@@ -45,15 +47,39 @@ def apply(
     chosen = Options.parse(given)
     given["plan"], edits = chosen.plan, chosen.edits  # a file that changes later must not part pruning from compiling
     leaving = Plan(drop=tuple(name for name in edits.drop if not name.startswith("@")))
-    if isinstance(example, Mapping):
-        prune(model, leaving, **example)
-    elif isinstance(example, tuple):
-        prune(model, leaving, *example)
-    elif example is not None:
-        prune(model, leaving, example)
-    else:
-        prune(model, leaving)
-    return _compile(model, given)
+    with ExitStack() as undo:
+        if isinstance(example, Mapping):
+            prune_until(undo, model, leaving, (), example)
+        elif isinstance(example, tuple):
+            prune_until(undo, model, leaving, example, {})
+        else:
+            prune_until(undo, model, leaving, () if example is None else (example,), {})
+        undo.callback(_put_back, model, dict(vars(model)), _hooks_of(model))
+        if (old := watch_of(model)) is not None:
+            unwatch(model, old)
+        if edits.parallel or len(edits.drop) > len(leaving.drop):
+            Watch(edits).put(model)
+        _compile(model, given)
+        undo.pop_all()
+    return model
+
+
+_Hooks: TypeAlias = dict[nn.Module, dict[int, Callable[..., object]]]
+
+
+def _hooks_of(model: nn.Module) -> _Hooks:
+    return {module: dict(module._forward_pre_hooks) for module in model.modules()}
+
+
+def _put_back(model: nn.Module, own: Mapping[str, object], hooks: _Hooks) -> None:
+    """Let a model be called and copied as before, through the hooks that there were."""
+    for name in ("_compiled_call_impl", "__deepcopy__"):
+        vars(model).pop(name, None)
+        if name in own:
+            vars(model)[name] = own[name]
+    for module, before in hooks.items():
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update(before)
 
 
 def _compile(model: nn.Module, options: Mapping[str, object]) -> nn.Module:
@@ -67,6 +93,9 @@ def _compile(model: nn.Module, options: Mapping[str, object]) -> nn.Module:
             return call(*args, **kwargs)
 
         model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own)
+    if (watch := watch_of(model)) is not None:
+        assert model._compiled_call_impl is not None
+        model._compiled_call_impl = watch.over(model._compiled_call_impl)
     vars(model)["__deepcopy__"] = _Copier(model, options)  # copy asks the object, and not only its class
     return model
 

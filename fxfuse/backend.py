@@ -17,6 +17,7 @@ from torch._logging._internal import trace_structured
 from fxfuse.cpu import with_linear_maps
 from fxfuse.cpu.prepack import prepack
 from fxfuse.errors import FxfuseError, OptionError
+from fxfuse.force import told
 from fxfuse.graph.branch import Branch
 from fxfuse.graph.census import REPORT, census
 from fxfuse.graph.stream import find_streams
@@ -81,10 +82,11 @@ def ffnfuse(
     _trace(gm)
     compiler = _inner(chosen, mode)
     if not recipes:
-        return compiler(gm, example_inputs)
+        compiled = compiler(gm, example_inputs)
+        return told(compiled) if plan else compiled
     call = PackedCall(recipes, chosen.weights)
     call.compiled = compiler(gm, [*example_inputs, *_packed_examples(recipes, call, example_inputs)])
-    return call
+    return told(call) if plan else call
 
 
 def _never_unplanned() -> None:

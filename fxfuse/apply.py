@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo import trace_rules
 
 from fxfuse.capture import own_code
-from fxfuse.force import Watch, unwatch, watch_of
+from fxfuse.force import Watch, watch_of
 from fxfuse.options import Compiler, Options
 from fxfuse.plan import Plan
 from fxfuse.prune import prune_until
@@ -54,35 +54,38 @@ def apply(
             prune_until(undo, model, leaving, example, {})
         else:
             prune_until(undo, model, leaving, () if example is None else (example,), {})
-        undo.callback(_put_back, model, dict(vars(model)), _hooks_of(model))
+        undo.callback(_put_back, [(module, _state(module)) for module in model.modules()])
         if (old := watch_of(model)) is not None:
-            unwatch(model, old)
+            old.remove(model)
         if edits.parallel or len(edits.drop) > len(leaving.drop):
             Watch(edits).put(model)
-        _compile(model, given)
+        _compile(model, given, edits)
         undo.pop_all()
     return model
 
 
-_Hooks: TypeAlias = dict[nn.Module, dict[int, Callable[..., object]]]
+_State: TypeAlias = tuple[dict[str, object], dict[int, Callable[..., object]]]
+
+_CALLED = ("_compiled_call_impl", "__deepcopy__", "_modules", "_parameters")
+"""The attributes of a module that applying a plan sets."""
 
 
-def _hooks_of(model: nn.Module) -> _Hooks:
-    return {module: dict(module._forward_pre_hooks) for module in model.modules()}
+def _state(module: nn.Module) -> _State:
+    own = vars(module)
+    return {name: own[name] for name in _CALLED if name in own}, dict(module._forward_pre_hooks)
 
 
-def _put_back(model: nn.Module, own: Mapping[str, object], hooks: _Hooks) -> None:
-    """Let a model be called and copied as before, through the hooks that there were."""
-    for name in ("_compiled_call_impl", "__deepcopy__"):
-        vars(model).pop(name, None)
-        if name in own:
-            vars(model)[name] = own[name]
-    for module, before in hooks.items():
+def _put_back(states: list[tuple[nn.Module, _State]]) -> None:
+    """Let modules be called and copied as before."""
+    for module, (own, hooks) in states:
+        for name in _CALLED:
+            vars(module).pop(name, None)
+        vars(module).update(own)
         module._forward_pre_hooks.clear()
-        module._forward_pre_hooks.update(before)
+        module._forward_pre_hooks.update(hooks)
 
 
-def _compile(model: nn.Module, options: Mapping[str, object]) -> nn.Module:
+def _compile(model: nn.Module, options: Mapping[str, object], plan: Plan) -> nn.Module:
     own: Any = options  # torch hands on what its annotation forbids
     model.compile(backend="ffnfuse", options=own)
     if trace_rules.check(model.forward):
@@ -93,18 +96,18 @@ def _compile(model: nn.Module, options: Mapping[str, object]) -> nn.Module:
             return call(*args, **kwargs)
 
         model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own)
-    if (watch := watch_of(model)) is not None:
-        assert model._compiled_call_impl is not None
-        model._compiled_call_impl = watch.over(model._compiled_call_impl)
-    vars(model)["__deepcopy__"] = _Copier(model, options)  # copy asks the object, and not only its class
+    assert model._compiled_call_impl is not None
+    watch = watch_of(model)
+    model._compiled_call_impl = (watch or Watch(plan)).over(model._compiled_call_impl, watching=watch is not None)
+    vars(model)["__deepcopy__"] = _Copier(model, options, plan)  # copy asks the object, and not only its class
     return model
 
 
 class _Copier:
     """Lets copies of a model follow its plan: ``nn.Module`` leaves behind what was compiled, and says nothing."""
 
-    def __init__(self, model: nn.Module, options: Mapping[str, object]) -> None:
-        self._model, self._options = model, options
+    def __init__(self, model: nn.Module, options: Mapping[str, object], plan: Plan) -> None:
+        self._model, self._options, self._plan = model, options, plan
         self._compiled = model._compiled_call_impl
 
     def __call__(self, memo: dict[int, object]) -> nn.Module:
@@ -116,7 +119,7 @@ class _Copier:
             own["__deepcopy__"] = self
         if self._model._compiled_call_impl is not self._compiled:
             return made  # somebody has compiled the model anew, and its copies follow no plan either
-        return _compile(made, self._options)
+        return _compile(made, self._options, self._plan)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Pickled, it is None, which copy takes for no wish of the object's own."""

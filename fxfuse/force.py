@@ -7,17 +7,18 @@ module that a group moves has a hook, which asks, whenever its code runs or is t
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.eval_frame import skip_code
-from torch._dynamo.exc import TorchDynamoException, Unsupported
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch.utils.hooks import RemovableHandle
 
 from fxfuse.errors import PlanError
 from fxfuse.graph.values import clean
@@ -76,6 +77,14 @@ def told(graph: Call) -> Call:
     return run
 
 
+class _Watched(dict[str, object]):
+    """The dict of a watched module's parts or parameters.
+
+    Its type is what tells Dynamo, whose graphs depend on no hooks, that what it traced before there were any, or for
+    another model of the same class, does not serve.
+    """
+
+
 class Watch:
     """Sees to it that ``plan`` is in force wherever the code that it regroups runs.
 
@@ -85,48 +94,91 @@ class Watch:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def put(self, model: nn.Module) -> list[RemovableHandle]:
-        """Hook this into ``model`` and into its modules that the plan regroups: into what runs even if only a part is
-        called, as when a layer computes a branch without calling the module that is named."""
-        modules = {clean(name): module for name, module in model.named_modules(remove_duplicate=False)}
-        handles = [model.register_forward_pre_hook(self.at_root, prepend=True)]
-        members = [modules[name] for group in self.plan.parallel for name in flat(group) if name in modules]
-        for member in dict.fromkeys(part for member in members for part in _computing(member)):
-            if member is not model:
-                handles.append(member.register_forward_pre_hook(self.at_member, prepend=True))
-        return handles
+    def put(self, model: nn.Module) -> None:
+        """Watch the modules of ``model`` that compute what the plan regroups, and those that hold them.
 
-    def at_member(self, module: nn.Module, args: object) -> None:
-        """A forward pre-hook."""
-        if torch.compiler.is_dynamo_compiling():
-            _check(self)
-        elif not _here.originals:
-            raise PlanError(self._words())
+        The former may run without the module that the plan names being called: some layers compute a branch in a method.
+        """
+        named = dict(model.named_modules(remove_duplicate=False))
+        moved = {name for group in self.plan.parallel for name in flat(group)}
+        members = {path: module for path, module in named.items() if path and clean(path) in moved}
+        holders = {named[path] for member in members for path in _above(member)} | {model}
+        for holder in holders:
+            hook = self.at_root if holder is model else self.at_holder
+            holder.register_forward_pre_hook(hook, prepend=True)
+            vars(holder)["_modules"] = _Watched(holder._modules)
+        for part in {part for member in members.values() for part in _computing(member)} - holders:
+            part.register_forward_pre_hook(self.at_member, prepend=True)
+            vars(part)["_parameters"] = _Watched(part._parameters)
 
-    def at_root(self, module: nn.Module, args: object) -> None:
-        """A forward pre-hook of the model. After a graph break its frame may run uncompiled, and its parts compiled."""
+    def remove(self, model: nn.Module) -> None:
+        """Watch ``model`` no longer."""
+        for module in model.modules():
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+            if not any(isinstance(getattr(hook, "__self__", None), Watch) for hook in hooks.values()):
+                for name in ("_modules", "_parameters"):
+                    vars(module)[name] = dict(vars(module)[name])
+
+    def at_holder(self, module: nn.Module, args: object) -> None:
+        """A forward pre-hook. After a graph break a holder may run uncompiled, and what it holds compiled."""
         if torch.compiler.is_dynamo_compiling():
             _check(self)
         elif not _here.originals and self not in _here.running:
             raise PlanError(self._words())
 
-    def over(self, compiled: Call) -> Call:
-        """``compiled``, the planned model, as what may run the code that this watches."""
+    def at_root(self, module: nn.Module, args: object) -> None:
+        """A forward pre-hook of the model itself, which tells it from its parts."""
+        self.at_holder(module, args)
+
+    def at_member(self, module: nn.Module, args: object) -> None:
+        """A forward pre-hook. By itself, and not as a part of the model, a branch may be called as it is."""
+        if torch.compiler.is_dynamo_compiling():
+            _check(self)
+        elif not _here.originals and (self in _here.running or self._is_within_holder()):
+            raise PlanError(self._words())
+
+    def _is_within_holder(self) -> bool:
+        """Whether the ``forward`` of a holder is running, which was perhaps called by that name, past all hooks."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if isinstance(owner, nn.Module) and code.co_name.startswith("forward") and self._holds(owner):
+                return True
+            if frame.f_back is None:
+                return False
+            frame = frame.f_back
+        return False
+
+    def _holds(self, module: nn.Module) -> bool:
+        return any(hook in (self.at_root, self.at_holder) for hook in module._forward_pre_hooks.values())
+
+    def over(self, compiled: Call, watching: bool) -> Call:
+        """``compiled``, the planned model, as what may run the code that this watches, if it does watch any."""
 
         def call(*args: object, **kwargs: object) -> object:
             if torch.compiler.is_dynamo_compiling():
                 _check(self)
+            around = get_eval_frame_callback()
+            if around and not _here.running and (_plan_of(around) or self.plan) != self.plan:
+                raise PlanError(
+                    "torch.compile with a plan was given something that holds a model to which another plan was "
+                    "applied: let the one or the other plan say all; fxfuse.apply(model, fxfuse.Plan()) takes the "
+                    "groups of the applied one back"
+                )
             graphs = _here.graphs
             _here.running.append(self)
             try:
                 output = compiled(*args, **kwargs)
             except RuntimeError as error:
-                if "dynamo-optimized function" in str(error):  # torch.jit.trace and make_fx
+                if watching and any(words in str(error) for words in _OTHER_TRACERS):
                     raise PlanError(self._words()) from error
                 raise
             finally:
                 _here.running.pop()
-            if _here.graphs == graphs and not _here.originals:
+            if watching and _here.graphs == graphs and not _here.originals:
                 raise PlanError(self._words())
             return output
 
@@ -136,15 +188,8 @@ class Watch:
 
     def check(self) -> None:
         """Raise if what is being traced is not the call of the model that the plan is compiled for."""
-        if _here.originals or (_here.running[-1:] == [self] and _traced_for() == self.plan):
-            return
-        other = _traced_for()
-        if other and other != self.plan and not _here.running:
-            raise _Refused(
-                "a plan is applied to this model, and it is compiled with another one as a part of something else: "
-                "give torch.compile no plan, or fxfuse.apply(model, fxfuse.Plan()) first"
-            )
-        raise NotInForceError(self._words())
+        if not _here.originals and (_here.running[-1:] != [self] or _traced_for() != self.plan):
+            raise NotInForceError(self._words())
 
     def _words(self) -> str:
         name = flat(self.plan.parallel[0])[0] if self.plan.parallel else self.plan.drop[0]
@@ -157,39 +202,41 @@ class Watch:
         )
 
 
-class _Refused(PlanError, TorchDynamoException):
-    """What Dynamo must neither compile nor run."""
+_OTHER_TRACERS = ("a dynamo-optimized function", "Cannot access data pointer of Tensor (e.g. FakeTensor")
+"""What torch says where a compiled function is called by torch.jit.trace, make_fx or AOTAutograd."""
 
 
-for _hook in (Watch.at_member, Watch.at_root):
+for _hook in (Watch.at_root, Watch.at_holder, Watch.at_member):
     skip_code(_hook.__code__)  # run by itself, that is in a module that runs uncompiled, it is no code to compile
 
 
 def watch_of(model: nn.Module) -> Watch | None:
     """What watches over the plan that was applied to ``model`` itself, if one was and it has groups."""
-    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, Watch)), None)
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Watch) and hook == owner.at_root:
+            return owner
+    return None
 
 
-def unwatch(model: nn.Module, watch: Watch) -> None:
-    """Take all hooks of ``watch`` out."""
-    for module in model.modules():
-        hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is watch]:
-            del hooks[key]
+def _above(path: str) -> list[str]:
+    """The paths of the modules that hold the one at ``path``, the model's own among them."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts))]
 
 
-def _computing(member: nn.Module) -> Iterator[nn.Module]:
+def _computing(member: nn.Module) -> list[nn.Module]:
     """A module and those of its parts that hold weights themselves."""
-    yield member
-    for part in member.modules():
-        if part._parameters or part._buffers:
-            yield part
+    return [part for part in member.modules() if part is member or part._parameters]
 
 
 def _traced_for() -> Plan | None:
     """The plan that what Dynamo traces is compiled with."""
-    backend: object = InstructionTranslator.current_tx().output.compiler_fn
+    return _plan_of(InstructionTranslator.current_tx().output.compiler_fn)
+
+
+def _plan_of(backend: object) -> Plan | None:
+    """The plan of a backend, whatever wraps it: Dynamo does, and DDP, which cuts graphs where its buckets end."""
     while inner := _inner(backend):
         backend = inner
     if not isinstance(backend, torch._TorchCompileWrapper) or backend.compiler_fn.__module__ != "fxfuse.backend":
@@ -198,7 +245,6 @@ def _traced_for() -> Plan | None:
 
 
 def _inner(backend: object) -> object:
-    """What a backend wraps: Dynamo's own wrappers, and DDP's, which cuts graphs at the borders of its buckets."""
     owner = getattr(backend, "__self__", None)
     if isinstance(owner, DDPOptimizer):
         return owner.backend_compile_fn

@@ -21,7 +21,7 @@ from fxfuse.force import told
 from fxfuse.graph.branch import Branch
 from fxfuse.graph.census import REPORT, census
 from fxfuse.graph.stream import find_streams
-from fxfuse.names import compiled_root, elsewhere, guard_modules, names_in, specialise
+from fxfuse.names import compiled_root, elsewhere, for_root, guard_modules, names_in, specialise
 from fxfuse.options import Options, PlanFile
 from fxfuse.passes.apply_plan import FOUND, REPORTS, apply_plan
 from fxfuse.passes.base import copy_graph, transaction
@@ -52,7 +52,7 @@ def ffnfuse(
     _remember(chosen)
     root = compiled_root()
     names = names_in(root, gm, example_inputs)
-    plan = chosen.edits
+    plan = for_root(chosen.edits, root)
     if plan:
         guard_modules(gm, names)
     gm = _own_copy(gm)

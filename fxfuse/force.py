@@ -21,7 +21,7 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from fxfuse.errors import PlanError
-from fxfuse.graph.values import clean
+from fxfuse.graph.values import clean, unwrapped
 from fxfuse.options import Options
 from fxfuse.plan import Plan, flat
 
@@ -99,8 +99,10 @@ class Watch:
 
         The former may run without the module that the plan names being called: some layers compute a branch in a method.
         """
-        named = dict(model.named_modules(remove_duplicate=False))
+        named = dict(unwrapped(model).named_modules(remove_duplicate=False))
         moved = {name for group in self.plan.parallel for name in flat(group)}
+        if unwrapped(model) is not model:
+            moved = {name.removeprefix("module.") for name in moved}
         members = {path: module for path, module in named.items() if path and clean(path) in moved}
         holders = {named[path] for member in members for path in _above(member)} | {model}
         for holder in holders:

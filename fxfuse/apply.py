@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo import trace_rules
 
 from fxfuse.capture import own_code
-from fxfuse.force import Watch, watch_of
+from fxfuse.force import Watch, watch_of, without_watches
 from fxfuse.options import Compiler, Options
 from fxfuse.plan import Plan
 from fxfuse.prune import prune_until
@@ -66,7 +66,7 @@ def apply(
 
 _State: TypeAlias = tuple[dict[str, object], dict[int, Callable[..., object]]]
 
-_CALLED = ("_compiled_call_impl", "__deepcopy__", "_modules", "_parameters")
+_CALLED = ("_compiled_call_impl", "__deepcopy__", "_modules")
 """The attributes of a module that applying a plan sets."""
 
 
@@ -86,8 +86,12 @@ def _put_back(states: list[tuple[nn.Module, _State]]) -> None:
 
 
 def _compile(model: nn.Module, options: Mapping[str, object], plan: Plan) -> nn.Module:
-    own: Any = options  # torch hands on what its annotation forbids
-    model.compile(backend="ffnfuse", options=own)
+    watch = watch_of(model)
+
+    def own() -> Any:  # torch takes the filter out, and hands on what its annotation forbids
+        return {**options} if watch is None else {**options, "guard_filter_fn": without_watches}
+
+    model.compile(backend="ffnfuse", options=own())
     if trace_rules.check(model.forward):
         # Dynamo skips what is torch's own, such as nn.Sequential's forward, and would compile each child by itself.
         call: Callable[..., object] = model._call_impl
@@ -95,9 +99,8 @@ def _compile(model: nn.Module, options: Mapping[str, object], plan: Plan) -> nn.
         def frame(*args: object, **kwargs: object) -> object:
             return call(*args, **kwargs)
 
-        model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own)
+        model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own())
     assert model._compiled_call_impl is not None
-    watch = watch_of(model)
     model._compiled_call_impl = (watch or Watch(plan)).over(model._compiled_call_impl, watching=watch is not None)
     vars(model)["__deepcopy__"] = _Copier(model, options, plan)  # copy asks the object, and not only its class
     return model

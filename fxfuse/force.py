@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +20,7 @@ from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.types import GuardFilterEntry
 
 from fxfuse.errors import PlanError
 from fxfuse.graph.values import clean, unwrapped
@@ -78,7 +80,7 @@ def told(graph: Call) -> Call:
 
 
 class _Watched(dict[str, object]):
-    """The dict of a watched module's parts or parameters.
+    """The dict of the parts of a module that holds several branches of a group.
 
     Its type is what tells Dynamo, whose graphs depend on no hooks, that what it traced before there were any, or for
     another model of the same class, does not serve.
@@ -104,14 +106,13 @@ class Watch:
         if unwrapped(model) is not model:
             moved = {name.removeprefix("module.") for name in moved}
         members = {path: module for path, module in named.items() if path and clean(path) in moved}
-        holders = {named[path] for member in members for path in _above(member)} | {model}
-        for holder in holders:
-            hook = self.at_root if holder is model else self.at_holder
-            holder.register_forward_pre_hook(hook, prepend=True)
-            vars(holder)["_modules"] = _Watched(holder._modules)
-        for part in {part for member in members.values() for part in _computing(member)} - holders:
+        held = Counter(named[path] for member in members for path in _above(member))
+        for holder in {*held, model}:
+            holder.register_forward_pre_hook(self.at_root if holder is model else self.at_holder, prepend=True)
+            if holder is model or held[holder] > 1:
+                vars(holder)["_modules"] = _Watched(holder._modules)
+        for part in {part for member in members.values() for part in _computing(member)} - {*held, model}:
             part.register_forward_pre_hook(self.at_member, prepend=True)
-            vars(part)["_parameters"] = _Watched(part._parameters)
 
     def remove(self, model: nn.Module) -> None:
         """Watch ``model`` no longer."""
@@ -120,8 +121,7 @@ class Watch:
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
             if not any(isinstance(getattr(hook, "__self__", None), Watch) for hook in hooks.values()):
-                for name in ("_modules", "_parameters"):
-                    vars(module)[name] = dict(vars(module)[name])
+                vars(module)["_modules"] = dict(module._modules)
 
     def at_holder(self, module: nn.Module, args: object) -> None:
         """A forward pre-hook. After a graph break a holder may run uncompiled, and what it holds compiled."""
@@ -202,6 +202,21 @@ class Watch:
             "compiled anew since. Call the model that the plan was applied to; apply the plan, with names that fit, to "
             "the module that is called; or take its groups back with fxfuse.apply(model, fxfuse.Plan())"
         )
+
+
+def without_watches(guards: Sequence[GuardFilterEntry]) -> list[bool]:
+    """Which guards of a graph to keep: not those on our own hooks, which cost more per call than all others together.
+
+    What they would notice, ``apply`` does. Where a hook of the user's stands beside ours, all stay.
+    """
+    dicts = [guard for guard in guards if guard.name.endswith("._forward_pre_hooks") and isinstance(guard.value, dict)]
+    ours = tuple(
+        guard.name
+        for guard in dicts
+        if isinstance(guard.value, dict)
+        and all(isinstance(getattr(hook, "__self__", None), Watch) for hook in guard.value.values())
+    )
+    return [not guard.name.startswith(ours) for guard in guards]
 
 
 _OTHER_TRACERS = ("a dynamo-optimized function", "Cannot access data pointer of Tensor (e.g. FakeTensor")

@@ -109,7 +109,7 @@ class Watch:
         held = Counter(named[path] for member in members for path in _above(member))
         for holder in {*held, model}:
             holder.register_forward_pre_hook(self.at_root if holder is model else self.at_holder, prepend=True)
-            if holder is model or held[holder] > 1:
+            if holder is model or (held[holder] > 1 and not isinstance(holder, nn.ModuleList)):
                 vars(holder)["_modules"] = _Watched(holder._modules)
         for part in {part for member in members.values() for part in _computing(member)} - {*held, model}:
             part.register_forward_pre_hook(self.at_member, prepend=True)

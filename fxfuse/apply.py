@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import trace_rules
 
 from fxfuse.capture import own_code
+from fxfuse.force import Watch, watch_of, without_watches
 from fxfuse.options import Compiler, Options
 from fxfuse.plan import Plan
-from fxfuse.prune import prune
+from fxfuse.prune import prune_until
 
 
 def apply(
@@ -45,20 +47,51 @@ def apply(
     chosen = Options.parse(given)
     given["plan"], edits = chosen.plan, chosen.edits  # a file that changes later must not part pruning from compiling
     leaving = Plan(drop=tuple(name for name in edits.drop if not name.startswith("@")))
-    if isinstance(example, Mapping):
-        prune(model, leaving, **example)
-    elif isinstance(example, tuple):
-        prune(model, leaving, *example)
-    elif example is not None:
-        prune(model, leaving, example)
-    else:
-        prune(model, leaving)
-    return _compile(model, given)
+    with ExitStack() as undo:
+        if isinstance(example, Mapping):
+            prune_until(undo, model, leaving, (), example)
+        elif isinstance(example, tuple):
+            prune_until(undo, model, leaving, example, {})
+        else:
+            prune_until(undo, model, leaving, () if example is None else (example,), {})
+        undo.callback(_put_back, [(module, _state(module)) for module in model.modules()])
+        if (old := watch_of(model)) is not None:
+            old.remove(model)
+        if edits.parallel or len(edits.drop) > len(leaving.drop):
+            Watch(edits).put(model)
+        _compile(model, given, edits)
+        undo.pop_all()
+    return model
 
 
-def _compile(model: nn.Module, options: Mapping[str, object]) -> nn.Module:
-    own: Any = options  # torch hands on what its annotation forbids
-    model.compile(backend="ffnfuse", options=own)
+_State: TypeAlias = tuple[dict[str, object], dict[int, Callable[..., object]]]
+
+_CALLED = ("_compiled_call_impl", "__deepcopy__", "_modules")
+"""The attributes of a module that applying a plan sets."""
+
+
+def _state(module: nn.Module) -> _State:
+    own = vars(module)
+    return {name: own[name] for name in _CALLED if name in own}, dict(module._forward_pre_hooks)
+
+
+def _put_back(states: list[tuple[nn.Module, _State]]) -> None:
+    """Let modules be called and copied as before."""
+    for module, (own, hooks) in states:
+        for name in _CALLED:
+            vars(module).pop(name, None)
+        vars(module).update(own)
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update(hooks)
+
+
+def _compile(model: nn.Module, options: Mapping[str, object], plan: Plan) -> nn.Module:
+    watch = watch_of(model)
+
+    def own() -> Any:  # torch takes the filter out, and hands on what its annotation forbids
+        return {**options} if watch is None else {**options, "guard_filter_fn": without_watches}
+
+    model.compile(backend="ffnfuse", options=own())
     if trace_rules.check(model.forward):
         # Dynamo skips what is torch's own, such as nn.Sequential's forward, and would compile each child by itself.
         call: Callable[..., object] = model._call_impl
@@ -66,16 +99,18 @@ def _compile(model: nn.Module, options: Mapping[str, object]) -> nn.Module:
         def frame(*args: object, **kwargs: object) -> object:
             return call(*args, **kwargs)
 
-        model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own)
-    vars(model)["__deepcopy__"] = _Copier(model, options)  # copy asks the object, and not only its class
+        model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own())
+    assert model._compiled_call_impl is not None
+    model._compiled_call_impl = (watch or Watch(plan)).over(model._compiled_call_impl, watching=watch is not None)
+    vars(model)["__deepcopy__"] = _Copier(model, options, plan)  # copy asks the object, and not only its class
     return model
 
 
 class _Copier:
     """Lets copies of a model follow its plan: ``nn.Module`` leaves behind what was compiled, and says nothing."""
 
-    def __init__(self, model: nn.Module, options: Mapping[str, object]) -> None:
-        self._model, self._options = model, options
+    def __init__(self, model: nn.Module, options: Mapping[str, object], plan: Plan) -> None:
+        self._model, self._options, self._plan = model, options, plan
         self._compiled = model._compiled_call_impl
 
     def __call__(self, memo: dict[int, object]) -> nn.Module:
@@ -87,7 +122,7 @@ class _Copier:
             own["__deepcopy__"] = self
         if self._model._compiled_call_impl is not self._compiled:
             return made  # somebody has compiled the model anew, and its copies follow no plan either
-        return _compile(made, self._options)
+        return _compile(made, self._options, self._plan)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Pickled, it is None, which copy takes for no wish of the object's own."""

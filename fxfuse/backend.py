@@ -17,10 +17,11 @@ from torch._logging._internal import trace_structured
 from fxfuse.cpu import with_linear_maps
 from fxfuse.cpu.prepack import prepack
 from fxfuse.errors import FxfuseError, OptionError
+from fxfuse.force import told
 from fxfuse.graph.branch import Branch
 from fxfuse.graph.census import REPORT, census
 from fxfuse.graph.stream import find_streams
-from fxfuse.names import compiled_root, elsewhere, guard_modules, names_in, specialise
+from fxfuse.names import compiled_root, elsewhere, for_root, guard_modules, names_in, specialise
 from fxfuse.options import Options, PlanFile
 from fxfuse.passes.apply_plan import FOUND, REPORTS, apply_plan
 from fxfuse.passes.base import copy_graph, transaction
@@ -51,7 +52,7 @@ def ffnfuse(
     _remember(chosen)
     root = compiled_root()
     names = names_in(root, gm, example_inputs)
-    plan = chosen.edits
+    plan = for_root(chosen.edits, root)
     if plan:
         guard_modules(gm, names)
     gm = _own_copy(gm)
@@ -81,10 +82,11 @@ def ffnfuse(
     _trace(gm)
     compiler = _inner(chosen, mode)
     if not recipes:
-        return compiler(gm, example_inputs)
+        compiled = compiler(gm, example_inputs)
+        return told(compiled) if plan else compiled
     call = PackedCall(recipes, chosen.weights)
     call.compiled = compiler(gm, [*example_inputs, *_packed_examples(recipes, call, example_inputs)])
-    return call
+    return told(call) if plan else call
 
 
 def _never_unplanned() -> None:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from fxfuse.backend import ffnfuse
 from fxfuse.batches import eval_mode, is_data, logits_of
 from fxfuse.bounds import check_count
-from fxfuse.capture import innermost, uncompiled
+from fxfuse.capture import innermost
 from fxfuse.divergence import divergence
 from fxfuse.errors import CaptureError, FxfuseError, NotFiniteError, OptionError, RecordError
+from fxfuse.force import uncompiled
 from fxfuse.plan import Plan
 from fxfuse.planning import make_plan
 from fxfuse.record import Recorder

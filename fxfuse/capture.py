@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from fxfuse.errors import CaptureError
+from fxfuse.force import uncompiled
 from fxfuse.names import guard_modules, names_in
 from fxfuse.passes.base import copy_graph
 from fxfuse.prune import APART
@@ -38,17 +38,6 @@ class Captured:
     gm: fx.GraphModule
     inputs: tuple[Tensor, ...]
     names: dict[fx.Node, str]
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Calls of ``model`` run its own code, though it may have been compiled in place."""
-    compiled = vars(model).pop("_compiled_call_impl", None)
-    try:
-        yield
-    finally:
-        if compiled is not None:
-            model._compiled_call_impl = compiled
 
 
 def compiled_apart(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxfuse.bench import Samples, clock_of, interleave
-from fxfuse.capture import uncompiled
+from fxfuse.force import uncompiled
 from fxfuse.errors import FxfuseError
 
 Program: TypeAlias = Callable[..., object]

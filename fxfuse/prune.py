@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from fxfuse.errors import FxfuseError, PruneError, nearest
+from fxfuse.force import uncompiled
 from fxfuse.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,13 @@ def _count_only(original: nn.Module, seen: _Seen) -> None:
     original._fxfuse_silenced = handle  # type: ignore[assignment]  # a plain attribute: torch types modules' as tensors
 
 
+def _count_again(module: nn.Module) -> None:
+    """Take back what :func:`_count_only` did."""
+    handle = vars(module).pop("_fxfuse_silenced", None)
+    if isinstance(handle, RemovableHandle):
+        handle.remove()
+
+
 def is_dropped(module: nn.Module) -> bool:
     """Whether :func:`prune` took this module's contribution away."""
     return isinstance(module, Dropped) or hasattr(module, "_fxfuse_silenced")
@@ -122,33 +131,51 @@ def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.M
             absence is more than zeros in its place.
         PlanError: a name is a module, but no branch of the stream.
     """
+    with ExitStack() as undo:
+        prune_until(undo, model, plan, args, kwargs)
+        undo.pop_all()
+    return model
+
+
+def prune_until(
+    undo: ExitStack, model: nn.Module, plan: Plan, args: Sequence[object], kwargs: Mapping[str, object]
+) -> None:
+    """What :func:`prune` does, for as long as ``undo`` does not close."""
     targets = {name: _module(model, name) for name in plan.drop}
     targets = {name: module for name, module in targets.items() if not is_dropped(module)}
     if not targets:
-        return model
+        return
     example = _example(model, args, kwargs)
     seen = _learn(model, targets, example)
     wanted = _dropped_outputs(model, Plan(drop=tuple(targets)), example)
     for name, module in targets.items():
         if seen[name].first:
+            undo.callback(_count_again, module)
             _count_only(module, seen[name])
         else:
+            undo.callback(_set, model, name, module)
             _set(model, name, Dropped(module, seen[name]))
-    difference = _difference(_outputs(_call(model, example)), wanted)
+    without = f"the model without {', '.join(targets)}"
+    with _blaming(without):
+        made = _call(model, example)
+    difference = _difference(_outputs(made), wanted)
     if difference:
-        for name, module in targets.items():
-            if seen[name].first:
-                module._fxfuse_silenced.remove()  # type: ignore[operator, union-attr]  # the handle set above
-                del module._fxfuse_silenced
-            else:
-                _set(model, name, module)
-        raise PruneError(
-            f"the model without {', '.join(targets)} is not the model with zeros in its place: {difference}"
-        )
+        raise PruneError(f"{without} is not the model with zeros in its place: {difference}")
     counting = [name for name in targets if seen[name].first]
     if counting:
         log.info("kept counting, since its cache carries the length of the sequence: %s", ", ".join(counting))
-    return model
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Say of an error what could not be called; those of this library say enough."""
+    try:
+        yield
+    except FxfuseError:
+        raise
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise PruneError(f"{what} cannot be called: {type(error).__name__}: {first}") from error
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -173,33 +200,34 @@ def _example(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, obje
     given = getattr(model, "dummy_inputs", None)
     if not isinstance(given, Mapping):
         raise PruneError("one example call is needed to see what the dropped modules return: pass its arguments")
-    first = next(model.parameters())
-    moved = {key: value.to(first.device) if isinstance(value, Tensor) else value for key, value in given.items()}
+    device = next((parameter.device for parameter in model.parameters()), None)
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
     return (), _with_cache(model, (), moved)
 
 
 def _with_cache(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Mapping[str, object]:
     """The example call with a KV cache, if the model can have one: ``generate`` will, whatever the example says."""
     takes = inspect.signature(model.forward)
-    free = "use_cache" in takes.parameters and "use_cache" not in takes.bind_partial(*args).arguments
+    try:
+        free = "use_cache" in takes.parameters and "use_cache" not in takes.bind_partial(*args).arguments
+    except TypeError as error:
+        raise PruneError(f"the example is no call of the model: {error}") from error
     return {**kwargs, "use_cache": True} if free or "use_cache" in kwargs else kwargs
 
 
 @contextmanager
 def _trial(model: nn.Module) -> Iterator[None]:
     """For calls that leave no trace: the model's own code, in eval mode, and no random numbers used up."""
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         for module in training:
             module.training = False  # not .eval(), which models override, and which knows no way back to mixed modes
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with uncompiled(model), torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         for module in training:
             module.training = True
-        model._compiled_call_impl = compiled
 
 
 def _call(model: nn.Module, example: Example) -> object:
@@ -213,7 +241,8 @@ def _learn(model: nn.Module, targets: Mapping[str, nn.Module], example: Example)
     with ExitStack() as watching:
         for name, module in targets.items():
             watching.enter_context(_watched(name, module, seen[name]))
-        _call(model, example)
+        with _blaming("the model, with the example given,"):
+            _call(model, example)
     for name, calls in seen.items():
         if len(calls) != 1:
             raise PruneError(
@@ -236,11 +265,11 @@ def _watched(name: str, module: nn.Module, seen: list[_Seen]) -> Iterator[None]:
         seen.append(_observe(name, args, kwargs, output, _is_first(before, _lengths(args, kwargs))))
         return output
 
-    module.forward = watch
     try:
+        module.forward = watch
         yield
     finally:
-        del module.forward
+        vars(module).pop("forward", None)
         if own is not None:
             module.forward = own
 
@@ -299,12 +328,13 @@ def _dropped_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Ten
     """What the model computes with ``plan``'s branches dropped from its graphs."""
     options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch hands on what its annotation forbids
     with _trial(model):
-        try:
-            return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, FxfuseError):
-                raise error.inner_exception from error
-            raise
+        with _blaming("the model, compiled with the plan,"):
+            try:
+                return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
+            except BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, FxfuseError):
+                    raise error.inner_exception from error
+                raise
 
 
 def _outputs(output: object) -> list[Tensor]:

@@ -25,9 +25,10 @@ from fxfuse.batches import (
     thoroughly,
 )
 from fxfuse.bounds import check_count
-from fxfuse.capture import compiled_apart, uncompiled
+from fxfuse.capture import compiled_apart
 from fxfuse.divergence import Divergence, cosine_distance, rows
 from fxfuse.errors import NotFiniteError, OptionError, RecordError
+from fxfuse.force import uncompiled
 from fxfuse.instrument import Instrumented
 from fxfuse.names import elsewhere, guard_modules, names_in, specialise
 from fxfuse.passes.apply_plan import edit

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
+import fxfuse.force
 from fxfuse import Plan, PlanError
 from fxfuse.errors import OptionError, PruneError
 from fxfuse.prune import Dropped
@@ -141,6 +143,67 @@ class TestTheModel:
         assert torch.equal(model(x), expected)
 
 
+class TestFailures:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, PlanError])
+    @pytest.mark.parametrize(
+        ("where", "what"),
+        [
+            ("fxfuse.prune", "_learn"),
+            ("fxfuse.prune", "_dropped_outputs"),
+            ("fxfuse.prune", "_set"),
+            ("fxfuse.prune", "_difference"),
+            ("fxfuse.apply", "watch_of"),
+            ("fxfuse.apply", "_Copier"),
+            ("fxfuse.force.Watch", "put"),
+            ("fxfuse.force.Watch", "over"),
+            ("fxfuse.force.Watch", "remove"),
+        ],
+    )
+    @pytest.mark.parametrize("again", [False, True])
+    def test_one_half_way_leaves_the_model_as_it_was(
+        self, where: str, what: str, error: type[BaseException], again: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, x = Tower(4), vectors()
+        first, second, third, fourth = model.layers
+        expected = model(x)
+        if again:
+            expected = fourth(third(x + first.mlp(first.norm(x)) + second.mlp(second.norm(x))))
+            fxfuse.apply(model, Plan(parallel=[model.mlps[:2]]), inner="eager")
+        elif what == "remove":
+            pytest.skip("there is nothing to remove")
+        before = state(model)
+        owner: Any = sys.modules.get(where) or fxfuse.force.Watch
+        real, calls = getattr(owner, what), []
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            calls.append(what)
+            result = real(*args, **kwargs)
+            if len(calls) == (2 if what == "_set" else 1):  # two modules leave; all after that puts them back
+                raise error
+            return result
+
+        monkeypatch.setattr(owner, what, fail)
+        with pytest.raises(error):
+            fxfuse.apply(
+                model, Plan(drop=model.mlps[2:], parallel=[model.mlps[:2]]), inner="eager", example=x, strict=True
+            )
+
+        assert state(model) == before
+        assert_exact([model(x)], [expected])
+
+
+def state(model: nn.Module) -> list[Any]:
+    """All that makes a module what it is but for its class and its numbers."""
+    found = []
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if not isinstance(value, dict)}
+        own.pop("_is_torch_compile", None)  # torch's mark on whatever it has compiled, here to try the drops
+        held = {key: list(value.items()) for key, value in vars(module).items() if isinstance(value, dict)}
+        held["_parameters"] = [(key, id(value)) for key, value in module._parameters.items()]
+        found.append((name, id(module), own, held))
+    return found
+
+
 class TestCopies:
     def test_a_copy_follows_the_plan_with_weights_of_its_own(self) -> None:
         model, x = llama(3), tokens()
@@ -169,23 +232,29 @@ class TestCopies:
 
         assert_exact([made(x), copy.deepcopy(made)(x), model(x)], [apart, apart, parallel])
 
-    def test_once_the_model_is_compiled_otherwise_its_copies_follow_no_plan_either(self) -> None:
+    def test_once_the_model_is_compiled_otherwise_neither_it_nor_its_copies_run_without_the_plan(self) -> None:
         model, x = Tower(3), vectors()
         expected = model(x)
         fxfuse.apply(model, Plan(parallel=[model.mlps]), inner="eager")
         model.compile(backend="eager")
+        for each in (model, copy.deepcopy(model)):
+            with pytest.raises(PlanError, match="compiled anew since"):
+                each(x)
 
+        fxfuse.apply(model, Plan(), inner="eager").compile(backend="eager")
         assert_exact([model(x), copy.deepcopy(model)(x)], [expected, expected])
 
-    def test_a_pickled_one_keeps_the_drops_and_follows_the_plan_when_applied_again(self) -> None:
+    def test_a_pickled_one_runs_only_when_the_plan_is_applied_again(self) -> None:
         model, x, file = llama(3), tokens(), io.BytesIO()
-        dropped, reference = planned(model, drop=FIRST["drop"]), planned(model, **FIRST)
+        reference = planned(model, **FIRST)
         fxfuse.apply(model, Plan(**FIRST), inner="eager", strict=True)
         torch.save(model, file)
         file.seek(0)
         loaded: Any = torch.load(file, weights_only=False)
 
-        assert_exact([logits(loaded, x), logits(copy.deepcopy(loaded), x)], [logits(dropped, x)] * 2)
+        for each in (loaded, copy.deepcopy(loaded)):
+            with pytest.raises(PlanError, match="unpickled"):
+                logits(each, x)
         fxfuse.apply(loaded, Plan(**FIRST), inner="eager", strict=True)
         assert_exact([logits(loaded, x), logits(copy.deepcopy(loaded), x)], [logits(reference, x)] * 2)
 

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
@@ -412,6 +413,49 @@ class TestGraphBreaks:
         assert "'layers.1.mlp'" in str(caught.value)
         assert "'layers.2.mlp'" in str(caught.value)
         assert "TORCH_LOGS=graph_breaks" in str(caught.value)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """The smallest group of processes for DistributedDataParallel."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+class TestDistributed:
+    @pytest.mark.parametrize("cap", [25, 0.001], ids=["one bucket", "several buckets"])
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    def test_names_with_and_without_the_wrapper_are_followed(
+        self, cap: float, prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, x = self.model(cap, monkeypatch)
+        made = compiled(self.ddp(model, cap), plan=Plan(drop=[f"{prefix}layers.2.mlp"]), strict=True)
+
+        assert_exact([run(made, x)], [without(model, 2)(x)])
+
+    def test_a_group_in_one_bucket_is_followed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, x = self.model(25, monkeypatch)
+        made = compiled(self.ddp(model, 25), plan=Plan(parallel=[[f"module.{name}" for name in model.mlps]]))
+
+        assert_exact([run(made, x)], [model.parallel(x)])
+
+    def test_a_group_that_buckets_divide_is_an_error_that_names_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, x = self.model(0.001, monkeypatch)
+        words = "PlanError: .*DDP's gradient buckets.*optimize_ddp = False"
+        with pytest.raises(BackendCompilerFailed, match=words) as caught:
+            run(compiled(self.ddp(model, 0.001), plan=Plan(parallel=[model.mlps])), x)
+        assert "graph break" not in str(caught.value.inner_exception)
+
+    @staticmethod
+    def model(cap: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Tower, Tensor]:
+        monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1 << 20 if cap > 1 else 1000)
+        return Tower(4), vectors()
+
+    @staticmethod
+    def ddp(model: Tower, cap: float) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=cap)
 
 
 class TestNamesThatAreNotThere:

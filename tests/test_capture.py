@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import fxfuse
-from fxfuse.capture import capture, uncompiled
+from fxfuse.capture import capture
+from fxfuse.force import uncompiled
 from tests.tiny import llama, tokens
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.shape_prop import TensorMetadata
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 Dim: TypeAlias = int | sympy.Expr
 
@@ -201,6 +202,13 @@ def clean(name: str) -> str:
     """A parameter's name without what wrappers add: ``_orig_mod.``, checkpoint and adapter prefixes."""
     name = _WRAPPERS.sub("", name).lstrip(".")
     return _ADAPTERS.sub("", name)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that DistributedDataParallel or DataParallel wraps, if one of them does."""
+    while isinstance(module, DistributedDataParallel | DataParallel):
+        module = module.module
+    return module
 
 
 def last_dim(node: fx.Node) -> Dim | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 from torch import fx, nn
 
@@ -39,6 +40,24 @@ REPORTS = "fxfuse_reports"
 
 FOUND = "fxfuse_found"
 """Key of ``gm.meta`` under which it leaves, as text, which branches it found and what each of them is."""
+
+
+Cut: TypeAlias = Literal["", "break", "ddp"]
+
+CUT = "fxfuse_cut"
+"""Key of ``gm.meta`` under which whoever has a graph of Dynamo's leaves what cut it from the rest of the model."""
+
+_DDP = "torch._dynamo.config.optimize_ddp = False keeps the graph whole, a larger bucket_cap_mb of DDP cuts it less often"
+_CUTS = {
+    "break": (
+        "a graph break",
+        "TORCH_LOGS=graph_breaks shows where",
+        "the break (TORCH_LOGS=graph_breaks shows where it is); after a call that raised while it was traced, "
+        "torch._dynamo.reset() has the model traced whole again",
+    ),
+    "ddp": ("the border of two of DDP's gradient buckets", _DDP, f"the border: {_DDP}"),
+}
+"""Of each kind of cut: what it is called, what one can do about it, and the same with what is to be removed."""
 
 
 def apply_plan(
@@ -123,8 +142,9 @@ def edit(
         for stream in streams:
             stamp(stream.branches)
         known = branch_names(streams)
-        _severed(plan, known, {clean(name) for name in (names or {}).values()}, elsewhere)
-        groups = _groups(plan, known, elsewhere)
+        cut: Cut = gm.meta.get(CUT, "")
+        _severed(plan, known, {clean(name) for name in (names or {}).values()}, elsewhere, cut)
+        groups = _groups(plan, known, elsewhere, cut)
         if known or strict:
             _missing(plan, known, strict, elsewhere)
         reports.append(drop(gm, [name for name in plan.drop if name in known], streams))
@@ -141,18 +161,34 @@ def _found(streams: Sequence[ResidualStream]) -> str:
     return "\n".join(lines)
 
 
-def _severed(plan: Plan, known: Collection[str], weights: Collection[str], elsewhere: Callable[[str], bool]) -> None:
-    """Raise for a branch whose weights are here and that is not: a graph break inside it cut it off from the stream."""
+def _severed(
+    plan: Plan, known: Collection[str], weights: Collection[str], elsewhere: Callable[[str], bool], cut: Cut
+) -> None:
+    """Raise for what is named and is no branch, though its weights are here."""
     for name in plan.names:
         if name in known or elsewhere(name) or not any(weight.startswith(f"{name}.") for weight in weights):
             continue
-        raise PlanError(
-            f"{name!r} is no branch of this graph, which holds weights of it{nearest(name, known)}. If its name is "
-            "right, a graph break inside it separates it from the stream (TORCH_LOGS=graph_breaks shows where)"
-        )
+        raise PlanError(f"{name!r} is no branch of this graph, {_instead(name, known, cut)}{nearest(name, known)}")
 
 
-def _groups(plan: Plan, known: Collection[str], elsewhere: Callable[[str], bool]) -> list[Group]:
+def _instead(name: str, known: Collection[str], cut: Cut) -> str:
+    """What the module ``name`` is, if it is no branch."""
+    whole = [branch for branch in known if name.startswith(f"{branch}.")]
+    inside = sorted(branch for branch in known if branch.startswith(f"{name}."))
+    if whole:
+        return f"but a part of the branch {whole[0]!r}: name that"
+    if len(inside) > 1 or (inside and not cut):
+        return f"but a module that holds {', '.join(map(repr, inside))}: name what is meant of them"
+    if cut:
+        return f"which holds weights of it. If its name is right, {_CUTS[cut][0]} inside it separates it from the " \
+               f"stream ({_CUTS[cut][1]})"  # fmt: skip
+    return (
+        "though its weights are here: what they compute is not added to a stream by itself, or other branches share "
+        "them, and then it is called @ and its number. fxfuse.explain shows the branches"
+    )
+
+
+def _groups(plan: Plan, known: Collection[str], elsewhere: Callable[[str], bool], cut: Cut) -> list[Group]:
     """The groups of the plan that this graph holds; one of which it holds a part is an error."""
     held: list[Group] = []
     for index, group in enumerate(plan.parallel):
@@ -162,19 +198,19 @@ def _groups(plan: Plan, known: Collection[str], elsewhere: Callable[[str], bool]
             continue
         if len(absent) == len(flat(group)):
             continue
-        if all(map(elsewhere, absent)):
+        unknown = next((name for name in absent if not elsewhere(name)), None)
+        if unknown is not None:
+            raise PlanError(f"parallel[{index}]: {unknown!r} is no branch of this graph{nearest(unknown, known)}")
+        if not cut:
             raise PlanError(
-                f"parallel[{index}]: a graph break separates {absent[0]!r} from {_other(group, absent)!r}: this graph "
-                "holds only one of them. Remove the break (TORCH_LOGS=graph_breaks shows where it is) or the member; "
-                "after a call that raised while it was traced, torch._dynamo.reset() has the model traced whole again"
+                f"parallel[{index}]: {absent[0]!r} takes no part in this call of the model, which runs "
+                f"{_other(group, absent)!r}: it was dropped before, or is not called. Leave it out of the group"
             )
-        raise PlanError(f"parallel[{index}]: {_first_unknown(absent, elsewhere)!r} is no branch of this graph"
-                        f"{nearest(_first_unknown(absent, elsewhere), known)}")  # fmt: skip
+        raise PlanError(
+            f"parallel[{index}]: {_CUTS[cut][0]} separates {absent[0]!r} from {_other(group, absent)!r}: this graph "
+            f"holds only one of them. Remove the member, or {_CUTS[cut][2]}"
+        )
     return held
-
-
-def _first_unknown(absent: list[str], elsewhere: Callable[[str], bool]) -> str:
-    return next(name for name in absent if not elsewhere(name))
 
 
 def _other(group: Group, absent: Collection[str]) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse.batches import Model, on_device_of
-from fxfuse.capture import compiled_apart, forget, twin, uncompiled
+from fxfuse.capture import compiled_apart, forget, twin
+from fxfuse.force import uncompiled
 from fxfuse.names import elsewhere, guard_modules, names_in, specialise
 from fxfuse.passes.apply_plan import edit
 from fxfuse.passes.base import copy_graph

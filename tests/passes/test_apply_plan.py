@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.passes import REPORTS, apply_plan
+from fxfuse.passes.apply_plan import CUT
 from fxfuse.plan import Plan
 from tests.blocks import (
     WIDTH,
@@ -153,6 +154,7 @@ def test_a_group_of_which_a_member_is_unknown_is_refused(road: str) -> None:
 @on_both_roads
 def test_a_group_that_a_graph_break_divides_is_refused(road: str) -> None:
     _, made = graph(road)
+    made.gm.meta[CUT] = "break"
     plan = Plan(parallel=[["layers.2.mlp", "layers.3.mlp"]])
 
     assert_refused(
@@ -160,6 +162,33 @@ def test_a_group_that_a_graph_break_divides_is_refused(road: str) -> None:
         lambda gm: apply_plan(gm, plan, names=made.names, elsewhere={"layers.3.mlp"}.__contains__),
         r"parallel\[0\]: a graph break separates 'layers\.3\.mlp' from 'layers\.2\.mlp'",
     )
+
+
+@on_both_roads
+def test_a_group_of_which_a_member_is_not_called_is_refused_and_no_break_is_blamed(road: str) -> None:
+    _, made = graph(road)
+    plan = Plan(parallel=[["layers.2.mlp", "layers.3.mlp"]])
+
+    assert_refused(
+        made,
+        lambda gm: apply_plan(gm, plan, names=made.names, elsewhere={"layers.3.mlp"}.__contains__),
+        r"parallel\[0\]: 'layers\.3\.mlp' takes no part in this call of the model(?!.*break)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("layers.1", r"'layers\.1' is no branch of this graph, but a module that holds 'layers\.1\.attn', 'layers\.1\.mlp'"),
+        ("layers.1.mlp.down", r"'layers\.1\.mlp\.down' is no branch of this graph, but a part of the branch 'layers\.1\.mlp'"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("cut", ["", "break"])
+def test_what_holds_branches_or_is_a_part_of_one_is_told_so(cut: str, name: str, words: str) -> None:
+    _, made = graph("dynamo")
+    made.gm.meta[CUT] = cut
+
+    assert_refused(made, lambda gm: apply_plan(gm, Plan(drop=[name]), names=made.names), words + "(?!.*break)")
 
 
 @on_both_roads
@@ -208,7 +237,15 @@ def test_strictly_an_unknown_name_to_drop_is_an_error(road: str) -> None:
     )
 
 
-def test_a_branch_whose_weights_are_here_and_that_is_not_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        ("", "though its weights are here: what they compute is not added to a stream by itself(?!.*break)"),
+        ("break", "which holds weights of it.*graph break"),
+        ("ddp", "which holds weights of it.*DDP's gradient buckets.*optimize_ddp = False"),
+    ],
+)
+def test_a_branch_whose_weights_are_here_and_that_is_not_is_an_error(cut: str, words: str) -> None:
     class Severed(nn.Module):
         """The FFN is in the graph, the sum that it is added in is not."""
 
@@ -220,11 +257,12 @@ def test_a_branch_whose_weights_are_here_and_that_is_not_is_an_error() -> None:
             return self.mlp(self.stream(x))
 
     made = trace(ready(Severed()), vectors())
+    made.gm.meta[CUT] = cut
 
     assert_refused(
         made,
         lambda gm: apply_plan(gm, Plan(drop=["mlp"]), names=made.names),
-        "'mlp' is no branch of this graph, which holds weights of it.*graph break",
+        f"'mlp' is no branch of this graph, {words}",
     )
 
 

@@ -268,7 +268,7 @@ def _inner(backend: object) -> object:
     return getattr(backend, "_torchdynamo_orig_backend", None)
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
 def _check(watch: Watch) -> bool:
     """Called for real while Dynamo traces."""
     watch.check()

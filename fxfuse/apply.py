@@ -28,8 +28,9 @@ def apply(
 ) -> nn.Module:
     """Let ``model`` compute what ``plan`` says from now on, in place: prune it, then ``model.compile``.
 
-    A ``copy.deepcopy`` of it follows the plan as well. What was pickled (``torch.save(model)``) keeps the drops only,
-    as nothing compiled can be pickled: apply the plan again to what was loaded.
+    A ``copy.deepcopy`` of it follows the plan as well. What was pickled (``torch.save(model)``) does not, as nothing
+    compiled can be pickled: apply the plan again to what was loaded. Groups hold where the model itself is called; what
+    would run its code without them (``torch.export``, a call of a part of it) raises :class:`PlanError`.
 
     Args:
         model: any module; its class, its ``state_dict`` keys and its methods stay.

@@ -99,7 +99,7 @@ class Watch:
     def put(self, model: nn.Module) -> None:
         """Watch the modules of ``model`` that compute what the plan regroups, and those that hold them.
 
-        The former may run without the module that the plan names being called: some layers compute a branch in a method.
+        The former may run though the module that the plan names is never called: some compute a branch in a method.
         """
         named = dict(unwrapped(model).named_modules(remove_duplicate=False))
         moved = {name for group in self.plan.parallel for name in flat(group)}
@@ -196,9 +196,9 @@ class Watch:
     def _words(self) -> str:
         name = flat(self.plan.parallel[0])[0] if self.plan.parallel else self.plan.drop[0]
         return (
-            f"the plan that fxfuse.apply gave this model (of {name!r}, ...) is not in force where its code runs here. It "
-            "holds where the model itself is called: not a part of it or its forward, nor under torch.export, vmap or "
-            "grad, another tracer, set_stance or fullgraph=True around it, and not for what was unpickled or "
+            f"the plan that fxfuse.apply gave this model (of {name!r}, ...) is not in force where its code runs here. "
+            "It holds where the model itself is called: not a part of it or its forward, nor under torch.export, vmap "
+            "or grad, another tracer, set_stance or fullgraph=True around it, and not for what was unpickled or "
             "compiled anew since. Call the model that the plan was applied to; apply the plan, with names that fit, to "
             "the module that is called; or take its groups back with fxfuse.apply(model, fxfuse.Plan())"
         )
@@ -268,7 +268,7 @@ def _inner(backend: object) -> object:
     return getattr(backend, "_torchdynamo_orig_backend", None)
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
 def _check(watch: Watch) -> bool:
     """Called for real while Dynamo traces."""
     watch.check()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxfuse.bench import Samples, clock_of, interleave
-from fxfuse.force import uncompiled
 from fxfuse.errors import FxfuseError
+from fxfuse.force import uncompiled
 
 Program: TypeAlias = Callable[..., object]
 """A model, compiled or not, called by keyword as Hugging Face models are."""

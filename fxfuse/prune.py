@@ -327,14 +327,13 @@ def _is_first(before: _Lengths | None, after: _Lengths | None) -> bool:
 def _dropped_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:
     """What the model computes with ``plan``'s branches dropped from its graphs."""
     options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch hands on what its annotation forbids
-    with _trial(model):
-        with _blaming("the model, compiled with the plan,"):
-            try:
-                return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
-            except BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, FxfuseError):
-                    raise error.inner_exception from error
-                raise
+    with _trial(model), _blaming("the model, compiled with the plan,"):
+        try:
+            return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, FxfuseError):
+                raise error.inner_exception from error
+            raise
 
 
 def _outputs(output: object) -> list[Tensor]:

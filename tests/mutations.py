@@ -168,6 +168,20 @@ MUTATIONS = (
         "if False:",
         ("tests/graph/test_feeding.py",),
     ),
+    Mutation(
+        "watch only the model itself",
+        "fxfuse/force.py",
+        "- {*held, model}:",
+        "- {*held, model} - set(model.modules()):",
+        ("tests/test_force.py", "-k", "method"),
+    ),
+    Mutation(
+        "trust what was traced without a plan",
+        "fxfuse/force.py",
+        'vars(holder)["_modules"] = _Watched(holder._modules)',
+        "pass",
+        ("tests/test_force.py", "-k", "before"),
+    ),
 )
 
 

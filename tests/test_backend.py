@@ -425,7 +425,7 @@ def one_process() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_process")
 class TestDistributed:
-    @pytest.mark.parametrize("cap", [25, 0.001], ids=["one bucket", "several buckets"])
+    @pytest.mark.parametrize("cap", [25, 0.004], ids=["one bucket", "several buckets"])
     @pytest.mark.parametrize("prefix", ["", "module."])
     def test_names_with_and_without_the_wrapper_are_followed(
         self, cap: float, prefix: str, monkeypatch: pytest.MonkeyPatch
@@ -441,11 +441,16 @@ class TestDistributed:
 
         assert_exact([run(made, x)], [model.parallel(x)])
 
+    def test_a_branch_that_buckets_divide_is_an_error_that_names_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, x = self.model(0.002, monkeypatch)
+        with pytest.raises(BackendCompilerFailed, match="'layers.2.mlp' is no branch.*DDP's gradient buckets"):
+            run(compiled(self.ddp(model, 0.002), plan=Plan(drop=["layers.2.mlp"])), x)
+
     def test_a_group_that_buckets_divide_is_an_error_that_names_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model, x = self.model(0.001, monkeypatch)
+        model, x = self.model(0.004, monkeypatch)
         words = "PlanError: .*DDP's gradient buckets.*optimize_ddp = False"
         with pytest.raises(BackendCompilerFailed, match=words) as caught:
-            run(compiled(self.ddp(model, 0.001), plan=Plan(parallel=[model.mlps])), x)
+            run(compiled(self.ddp(model, 0.004), plan=Plan(parallel=[model.mlps])), x)
         assert "graph break" not in str(caught.value.inner_exception)
 
     @staticmethod

@@ -142,7 +142,10 @@ def test_what_would_run_the_original_code_is_an_error_and_the_model_works_on(way
 @pytest.mark.parametrize("way", ["module", "function", "argument"])
 def test_what_was_compiled_before_the_plan_was_applied_follows_it(way: str) -> None:
     model, x = Tower(2), vectors()
-    ways: dict[str, Callable[[], Any]] = {"module": lambda: eager(Outer(model)), "function": lambda: eager(looped(model))}
+    ways: dict[str, Callable[[], Any]] = {
+        "module": lambda: eager(Outer(model)),
+        "function": lambda: eager(looped(model)),
+    }
     compiled = ways[way]() if way in ways else eager(lambda model, x: model(x))
     call = (lambda model: compiled(model, x)) if way == "argument" else (lambda model: compiled(x))
     plain, expected = call(model), model.parallel(x)

@@ -47,7 +47,9 @@ Cut: TypeAlias = Literal["", "break", "ddp"]
 CUT = "fxfuse_cut"
 """Key of ``gm.meta`` under which whoever has a graph of Dynamo's leaves what cut it from the rest of the model."""
 
-_DDP = "torch._dynamo.config.optimize_ddp = False keeps the graph whole, a larger bucket_cap_mb of DDP cuts it less often"
+_DDP = (
+    "torch._dynamo.config.optimize_ddp = False keeps the graph whole, a larger bucket_cap_mb of DDP cuts it less often"
+)
 _CUTS = {
     "break": (
         "a graph break",

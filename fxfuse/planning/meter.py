@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from fxfuse.batches import Batch, Model, original, thoroughly
-from fxfuse.force import uncompiled
 from fxfuse.evaluate import evaluate
+from fxfuse.force import uncompiled
 from fxfuse.plan import Plan
 from fxfuse.planning.planned import Planned, compiled
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _LIBRARY = torch.library.Library("fxfuse", "FRAGMENT")  # its ops live as long as this object does
 for _name in ("linear", "prepacked_linear"):
@@ -41,7 +42,7 @@ def prepack(weight: Tensor) -> Tensor:
 
     It is opaque: it has a shape and a dtype, and nothing but oneDNN can read it.
     """
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or isinstance(weight, FakeTensor):
         return weight.contiguous()
     made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
     return made

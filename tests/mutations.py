@@ -72,8 +72,8 @@ MUTATIONS = (
     Mutation(
         "skip a repack",
         "fxfuse/weights.py",
-        "if bound is None or bound.stamp != _stamp(members):",
-        "if bound is None:",
+        "bound is None or bound.stamp != stamp(members) or",
+        "bound is None or",
         ("tests/test_weights.py", "-k", "stale"),
     ),
     Mutation(
@@ -103,6 +103,41 @@ MUTATIONS = (
         ', repr(found.args.get("eps")))',
         ")",
         ("tests/passes/test_fuse_ffn.py",),
+    ),
+    Mutation(
+        "look at no values",
+        "fxfuse/weights.py",
+        "            if not watch.same():",
+        "            if False:",
+        ("tests/test_packed.py", "-k", "noticed"),
+    ),
+    Mutation(
+        "never look at a line",
+        "fxfuse/fingerprint.py",
+        "            looks += self._turns[self._call % len(self._turns)]",
+        "            pass",
+        ("tests/test_fingerprint.py",),
+    ),
+    Mutation(
+        "take what a call saw for what was packed",
+        "fxfuse/packed.py",
+        "        self.expire()\n        self._stamped = stamp(members)",
+        "        self._stamped = stamp(members)",
+        ("tests/test_packed.py", "-k", "average"),
+    ),
+    Mutation(
+        "find every part right",
+        "fxfuse/packed.py",
+        "return torch.equal(bits(made), bits(region))",
+        "return True",
+        ("tests/test_packed.py", "-k", "one_number"),
+    ),
+    Mutation(
+        "overwrite memory that a shared weight has left",
+        "fxfuse/packed.py",
+        'if self.mode == "share" and any(part.member is not None for part, _ in stale):',
+        "if False:",
+        ("tests/test_packed.py", "-k", "average"),
     ),
 )
 

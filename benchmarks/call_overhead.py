@@ -1,15 +1,21 @@
-"""Claim: being true to the weights costs a call under 0.12 us per packed weight, and under 0.1% of a decode step.
+"""Claim: being true to the weights costs at most 0.3% of a decode step of SmolLM2-135M.
 
     python benchmarks/call_overhead.py [--json FILE]
 
-Times what fxfuse adds to a call of a compiled graph, over calling that graph directly: the check of every member of
-every pack, and the passing on of the inputs. The plan fuses the FFNs of SmolLM2-135M in fours, all 30 layers' worth.
+Times what fxfuse adds to a call of a compiled graph, over calling that graph directly: the stamps of all members of all
+packs, the look at samples of their values, and the passing on of the inputs; and what all checks take where they stand,
+in a step that has just filled the caches with other things. Whole parts are compared for a small share of the time on
+top (`fxfuse.weights.AUDIT_SHARE`), which `checks_of_step` includes. The plan fuses the FFNs of SmolLM2-135M in fours,
+28 layers of 30, and drops 29 attentions: the step that is compared with is shorter than that of the model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +23,28 @@ import torch
 from fxfuse import Plan
 from fxfuse.bench import Machine, interleave
 from fxfuse.loading import load
-from fxfuse.weights import PackedCall
+from fxfuse.packed import stamp
+from fxfuse.weights import AUDIT_SHARE, PackedCall
+
+BUDGET = 0.003
+
+
+def _in_place(step: Callable[[], object], repeats: int = 200) -> float:
+    """Median seconds that the checks take within a step."""
+    took: list[float] = []
+    original = PackedCall.tensors
+
+    def timed(self: PackedCall, args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        start = time.perf_counter()
+        made = original(self, args)
+        took.append(time.perf_counter() - start)
+        return made
+
+    PackedCall.tensors = timed  # type: ignore[method-assign]
+    for _ in range(repeats):
+        step()
+    PackedCall.tensors = original  # type: ignore[method-assign]
+    return statistics.median(took)
 
 
 def main() -> None:
@@ -44,10 +71,13 @@ def main() -> None:
         compiled(ids, use_cache=False)
         call, args = seen[-1]
         PackedCall.__call__ = original  # type: ignore[method-assign]
-        members = len(call._inputs)
+        members = call._take(args)
         tensors = call.tensors(args)
+        (bound,) = call._bounds.values()
         samples = interleave(
             {
+                "stamps": lambda: (tuple(map(id, members)), stamp(members)),
+                "samples": lambda: [watch.same() for watch in bound.watches],
                 "packs checked": lambda: call.tensors(args),
                 "graph alone": lambda: call.compiled(*args, *tensors),
                 "through fxfuse": lambda: call(*args),
@@ -55,24 +85,27 @@ def main() -> None:
             },
             repeats=30,
         )
+        in_place = _in_place(lambda: compiled(ids, use_cache=False))
     check = samples.median("packs checked")
     step = samples.median("decode step")
     rows = {
-        "members": members,
+        "members": len(members),
         "packs": len(tensors),
+        "stamps_us": samples.median("stamps") * 1e6,
+        "samples_us": samples.median("samples") * 1e6,
         "check_us": check * 1e6,
-        "check_us_per_member": check * 1e6 / members,
+        "check_us_per_member": check * 1e6 / len(members),
+        "check_in_place_us": in_place * 1e6,
         "decode_step_ms": step * 1e3,
-        "share_of_step": check / step,
+        "checks_of_step": check / step + AUDIT_SHARE,
+        "checks_in_place_of_step": in_place / step + AUDIT_SHARE,
         "through_over_alone": samples.ratio("through fxfuse", "graph alone"),
     }
     machine = Machine.here()
     print(machine)
     for name, value in rows.items():
         print(f"{name}: {value:.6g}")
-    print(
-        f"under 0.12 us per member: {rows['check_us_per_member'] < 0.12}; under 0.1% of a step: {check / step < 0.001}"
-    )
+    print(f"at most {BUDGET:.1%} of a step: {rows['checks_of_step'] <= BUDGET}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": str(machine), **rows}, indent=2) + "\n")
 

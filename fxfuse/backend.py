@@ -16,7 +16,7 @@ from torch._logging._internal import trace_structured
 
 from fxfuse.cpu import with_linear_maps
 from fxfuse.cpu.prepack import prepack
-from fxfuse.errors import FxfuseError, OptionError
+from fxfuse.errors import FxfuseError, OptionError, PlanError
 from fxfuse.force import told
 from fxfuse.graph.branch import Branch
 from fxfuse.graph.census import REPORT, census
@@ -83,10 +83,11 @@ def ffnfuse(
     compiler = _inner(chosen, mode)
     if not recipes:
         compiled = compiler(gm, example_inputs)
-        return told(compiled) if plan else compiled
-    call = PackedCall(recipes, chosen.weights)
-    call.compiled = compiler(gm, [*example_inputs, *_packed_examples(recipes, call, example_inputs)])
-    return told(call) if plan else call
+    else:
+        compiled = call = PackedCall(recipes, chosen.weights)
+        call.compiled = compiler(gm, [*example_inputs, *_packed_examples(recipes, call, example_inputs)])
+    _forget_inputs(gm)
+    return told(compiled) if plan else compiled
 
 
 def _never_unplanned() -> None:
@@ -109,6 +110,15 @@ def _own_copy(gm: fx.GraphModule) -> fx.GraphModule:
         if hasattr(gm, name):
             setattr(made, name, getattr(gm, name))
     return made
+
+
+def _forget_inputs(gm: fx.GraphModule) -> None:
+    """Drop the weak references to the inputs that Dynamo's graph has, as Dynamo does with its own.
+
+    ``torch.utils.swap_tensors`` refuses a tensor that something refers to.
+    """
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
 
 
 def _remember(chosen: Options) -> None:
@@ -164,6 +174,9 @@ def _packed_examples(recipes: Sequence[Recipe], call: PackedCall, example_inputs
     """The packed tensors as the inner compiler wants to see them: fake, of fixed sizes.
 
     The real ones wait for the first call: sharing moves the weights, which the compiler has yet to look at.
+
+    Raises:
+        PlanError: weights that the model computes by an op that cannot be run without values.
     """
     mode = torch._guards.detect_fake_mode(example_inputs)
     if mode is None:
@@ -171,13 +184,23 @@ def _packed_examples(recipes: Sequence[Recipe], call: PackedCall, example_inputs
     fakes = []
     for recipe in recipes:
         members = [example_inputs[index] for index in recipe.inputs]
-        with torch.no_grad():
-            made = recipe([torch.empty_strided(m.shape, m.stride(), dtype=m.dtype, device="meta") for m in members])
-        with mode:
-            fake = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=members[0].device)
+        try:
+            with torch.no_grad(), mode:
+                made = recipe([_fake(member) for member in members])
+                fake = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise PlanError(
+                f"{recipe.what} cannot be packed: the model computes these weights by an op that torch cannot run "
+                f"without their values ({error}); keep their branches out of the plan, or store what is computed"
+            ) from error
         grad = torch.is_grad_enabled() and any(member.requires_grad for member in members)
         fakes.append(fake.requires_grad_(grad))
     return fakes
+
+
+def _fake(member: Tensor) -> Tensor:
+    """Something like ``member``, made under a fake mode: a tensor without values."""
+    return torch.empty_strided(member.shape, member.stride(), dtype=member.dtype, device=member.device)
 
 
 def _hint(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> None:

@@ -11,9 +11,9 @@ from typing import TypeAlias, get_args
 from torch import Tensor, fx
 
 from fxfuse.errors import OptionError, alike, nearest
+from fxfuse.packed import Mode
 from fxfuse.passes.kernel import Kernels
 from fxfuse.plan import Plan
-from fxfuse.weights import Mode
 
 Compiler: TypeAlias = Callable[[fx.GraphModule, list[Tensor]], Callable[..., object]]
 

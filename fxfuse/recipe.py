@@ -20,10 +20,14 @@ from fxfuse.passes.pack import PACK
 
 @dataclass(frozen=True)
 class Part:
-    """One expression of weights, ``compute(members)``; ``member`` is set if it is nothing but that member itself."""
+    """One expression of weights, ``compute(members)``; ``member`` is set if it is nothing but that member itself.
+
+    ``uses`` are the places of the members that it reads.
+    """
 
     compute: Callable[[Sequence[Tensor]], Tensor]
     member: int | None
+    uses: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def _part(root: fx.Node, members: Sequence[fx.Node]) -> Part:
     """``root`` as a function of all ``members``."""
     if root in members:
         index = members.index(root)
-        return Part(itemgetter(index), index)
+        return Part(itemgetter(index), index, (index,))
     graph = fx.Graph()
     new = {member: graph.placeholder(f"weight_{index}") for index, member in enumerate(members)}
     inside = _below(root)
@@ -121,7 +125,8 @@ def _part(root: fx.Node, members: Sequence[fx.Node]) -> Part:
             new[node].meta = {}
     graph.output(new[root])
     run = fx.GraphModule({}, graph)
-    return Part(lambda weights: run(*weights), None)
+    uses = tuple(index for index, member in enumerate(members) if member in inside)
+    return Part(lambda weights: run(*weights), None, uses)
 
 
 def _expression(node: fx.Node, members: Sequence[fx.Node]) -> Hashable:

@@ -5,134 +5,38 @@ behind that input is computed here, once, and anew when a weight changes. Packs 
 prefill, decode and recompilations share one, and a graph that serves many layers (``layer.compile()``) has one for
 each.
 
-A change shows as another object, another address, or another version. Addresses are safe to compare because each pack
-holds on to the memory it was made from, so that nothing else can come to lie there. ``p.data.copy_()`` changes none of
-the three; after that, call :func:`refresh`.
+A change shows in the next call as another object, another address or another version. Addresses are safe to compare
+because each pack holds on to the memory it was made from, so that nothing else can come to lie there. Writes through
+``p.data``, numpy and inference tensors change none of the three, and show in samples of the values
+(:mod:`fxfuse.fingerprint`). Single values can escape those: so, now and then, a part of a pack is compared as a whole
+with what it should be (:class:`fxfuse.packed.Audit`).
+
+No weak reference points to a parameter: ``torch.utils.swap_tensors`` would refuse it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
-from typing import Literal, TypeAlias
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fxfuse.errors import OptionError
-from fxfuse.recipe import Part, Recipe
+from fxfuse.fingerprint import Watch, watches
+from fxfuse.packed import Audit, Mode, Pack, Stamp, plain_tensors, stamp
+from fxfuse.recipe import Recipe
 
-Mode: TypeAlias = Literal["copy", "share"]
-
-
-_Stamp: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
-_address = Tensor.data_ptr
-_version: Callable[[Tensor], int] = attrgetter("_version")
+AUDIT_SHARE = 0.0005
+"""The share of the time that goes into comparing whole parts of packs."""
 
 
-def _stamp(members: Sequence[Tensor]) -> _Stamp:
-    """What changes when a member does: addresses and versions. Inference tensors have no version."""
-    try:
-        return tuple(map(_address, members)), tuple(map(_version, members))
-    except RuntimeError:
-        return tuple(map(_address, members)), tuple(map(_version_if_any, members))
-
-
-def _version_if_any(member: Tensor) -> int:
-    try:
-        return _version(member)
-    except RuntimeError:
-        return -1  # is_inference() does not tell: it is False once .data was set to an ordinary tensor
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Packs outlive the call that makes them, so they are made as ordinary tensors, without gradients."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-class Pack:
-    """A packed tensor and the weights that it is made of.
-
-    Attributes:
-        tensor: the packed values; always the same memory, as long as the members keep their dtypes and devices.
-    """
-
-    def __init__(self, recipe: Recipe, members: Sequence[Tensor], mode: Mode) -> None:
-        self.recipe, self.mode = recipe, mode
-        self._members = tuple(weakref.ref(member) for member in members)
-        with _plain_tensors():
-            made = [part.compute(members).detach() for part in recipe.parts]
-            sizes = [part.shape[recipe.dim] if part.dim() else 1 for part in made]
-            self.tensor = recipe.join(made)
-            self._regions = torch.split(self.tensor, sizes, recipe.dim) if len(made) > 1 else (self.tensor,)
-        torch._dynamo.mark_static_address(self.tensor)
-        self._settle(members)
-
-    def holds(self, members: Sequence[Tensor]) -> bool:
-        return all(ref() is member for ref, member in zip(self._members, members, strict=True))
-
-    @property
-    def members(self) -> tuple[Tensor, ...]:
-        return tuple(member for ref in self._members if (member := ref()) is not None)
-
-    def sync(self, members: Sequence[Tensor]) -> None:
-        """Take over what changed in the members since the last time."""
-        if _stamp(members) != self._stamped:
-            self.repack(members)
-
-    def repack(self, members: Sequence[Tensor]) -> None:
-        """Compute the packed values anew, in place."""
-        with _plain_tensors():
-            for part, region in zip(self.recipe.parts, self._regions, strict=True):
-                if not self._shares(part, region, members):
-                    region.copy_(part.compute(members))
-        self._settle(members)
-
-    def _shares(self, part: Part, region: Tensor, members: Sequence[Tensor]) -> bool:
-        return part.member is not None and members[part.member].data_ptr() == region.data_ptr() and self.mode == "share"
-
-    def _settle(self, members: Sequence[Tensor]) -> None:
-        if self.mode == "share":
-            for part, region in zip(self.recipe.parts, self._regions, strict=True):
-                if part.member is not None and not self._shares(part, region, members):
-                    if members[part.member].is_inference():
-                        raise OptionError(
-                            "weights='share' cannot take the memory of weights that were made in inference_mode: "
-                            "load the model outside of it, or use weights='copy'"
-                        )
-                    members[part.member].data = region
-        self._stamped = _stamp(members)
-        self._memory = [member.detach() for member in members]  # so that no other tensor can come to lie there
-
-    def gradients(self, members: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-        """The gradient of the packed tensor, taken apart into those of the members that need one."""
-        found: list[Tensor | None] = [None] * len(members)
-        sizes = [region.shape[self.recipe.dim] for region in self._regions] if gradient.dim() else [1]
-        for part, own in zip(self.recipe.parts, torch.split(gradient, sizes, self.recipe.dim), strict=True):
-            if part.member is not None:
-                found[part.member] = _plus(found[part.member], own) if needed[part.member] else None
-                continue
-            with torch.enable_grad():
-                leaves = [member.detach().requires_grad_(need) for member, need in zip(members, needed, strict=True)]
-                value = part.compute(leaves)
-            if not value.requires_grad:
-                continue
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            for leaf, grad in zip(wanted, torch.autograd.grad(value, wanted, own, allow_unused=True), strict=True):
-                index = next(i for i, each in enumerate(leaves) if each is leaf)
-                if grad is not None:
-                    found[index] = _plus(found[index], grad)
-        return found
-
-
-def _plus(sum_: Tensor | None, more: Tensor) -> Tensor:
-    return more if sum_ is None else sum_ + more
+def _life(member: Tensor) -> set[None]:
+    """An object that dies with ``member``, and can be watched by a weak reference where the tensor itself must not."""
+    life: set[None] = member.__dict__.setdefault("_fxfuse_life", set())
+    return life
 
 
 class _Split(torch.autograd.Function):
@@ -157,10 +61,10 @@ _PACKS: weakref.WeakValueDictionary[Hashable, Pack] = weakref.WeakValueDictionar
 
 def _pack(recipe: Recipe, members: Sequence[Tensor], mode: Mode) -> Pack:
     """The one pack of these members by this recipe; made if no graph has it yet."""
-    kinds = tuple((id(m), m.dtype, m.device, tuple(m.shape)) for m in members)
+    kinds = tuple((id(m), m.dtype, m.device, tuple(m.shape), m.stride()) for m in members)
     key = (recipe.key, kinds, mode)
     found = _PACKS.get(key)
-    if found is None or not found.holds(members):
+    if found is None:
         found = _PACKS[key] = Pack(recipe, members, mode)
     else:
         found.sync(members)
@@ -168,19 +72,21 @@ def _pack(recipe: Recipe, members: Sequence[Tensor], mode: Mode) -> Pack:
 
 
 def refresh(model: nn.Module) -> int:
-    """Pack every weight of ``model`` anew after ``p.data.copy_()``, which leaves no trace; how many packs it has."""
-    own = {id(parameter) for parameter in [*model.parameters(), *model.buffers()]}
-    found = [pack for pack in list(_PACKS.values()) if any(id(member) in own for member in pack.members)]
+    """Let the next call pack every weight of ``model`` anew, whatever changed; how many packs it has.
+
+    Only a write that leaves no trace and changes a few values of a large weight can need this: it is noticed by itself,
+    but not at once.
+    """
+    own = {id(weight) for weight in [*model.parameters(), *model.buffers()]}
+    found = [pack for pack in list(_PACKS.values()) if not pack.ids.isdisjoint(own)]
     for pack in found:
-        members = pack.members
-        if len(members) == len(pack._members):
-            pack.repack(members)
+        pack.expire()
     return len(found)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Let the versions of packed weights tell of a step: fused optimizers write them and leave their versions alone."""
-    packed = {id(member) for pack in list(_PACKS.values()) for member in pack.members}
+    packed = {identity for pack in list(_PACKS.values()) for identity in pack.ids}
     stepped = [weight for group in optimizer.param_groups for weight in group["params"] if id(weight) in packed]
     torch.autograd.graph.increment_version(stepped)
 
@@ -188,20 +94,43 @@ def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Bound:
     """The packs of one set of weights, and the stamp under which they are true."""
 
     packs: tuple[Pack, ...]
     tensors: tuple[Tensor, ...]
-    stamp: _Stamp
-    alive: tuple[weakref.ref[Tensor], ...]  # their callbacks forget this binding when a member dies
+    stamp: Stamp | None
+    watches: tuple[Watch, ...]
+    audit: Audit
+    alive: tuple[weakref.ref[set[None]], ...]  # their callbacks forget this binding when a member dies
+
+    def holds(self, members: Sequence[Tensor], share: float) -> bool:
+        """Whether the members' values are those that were packed, as far as can be seen in passing."""
+        for watch in self.watches:
+            if not watch.same():
+                return False
+        if self.audit.passes(members, share):
+            return True
+        for pack in self.packs:  # what escaped once may have escaped elsewhere
+            pack.expire()
+        return False
+
+
+def _watches(packs: Sequence[Pack], before: _Bound | None) -> tuple[Watch, ...]:
+    """Watches over all members; those from before, if they watch the same memory."""
+    by_member = {member: each for pack in packs for member, each in pack.fingerprints.items()}
+    if before is not None and {f for watch in before.watches for f in watch.fingerprints} == {*by_member.values()}:
+        for watch in before.watches:
+            watch.take()
+        return before.watches
+    return watches(by_member.values())
 
 
 class PackedCall:
     """A compiled graph together with the packs that its last inputs stand for: call it as Dynamo calls the graph.
 
-    One call checks the identity, address and version of every member, 0.1 to 0.2 us each.
+    One call checks the identity, address and version of every member, and looks at samples of their values.
     """
 
     def __init__(self, recipes: Sequence[Recipe], mode: Mode) -> None:
@@ -220,7 +149,7 @@ class PackedCall:
         members = self._take(args)
         identity = tuple(map(id, members))
         bound = self._bounds.get(identity)
-        if bound is None or bound.stamp != _stamp(members):
+        if bound is None or bound.stamp != stamp(members) or not bound.holds(members, AUDIT_SHARE / len(self._bounds)):
             bound = self._bounds[identity] = self._bind(identity, members)
         if torch.is_grad_enabled():
             return tuple(
@@ -242,9 +171,15 @@ class PackedCall:
             _pack(recipe, [members[place] for place in places], self._mode)
             for recipe, places in zip(self._recipes, self._places, strict=True)
         )
+        with plain_tensors(members[0].device):
+            looks = _watches(packs, self._bounds.get(identity))
         bounds = self._bounds
-        alive = tuple(weakref.ref(member, lambda _: bounds.pop(identity, None)) for member in members)
-        return _Bound(packs, tuple(pack.tensor for pack in packs), _stamp(members), alive)
+        alive = tuple(weakref.ref(_life(member), lambda _: bounds.pop(identity, None)) for member in members)
+        tensors = tuple(pack.tensor for pack in packs)
+        bound = _Bound(packs, tensors, stamp(members), looks, Audit(packs, self._places), alive)
+        for pack in packs:
+            pack.serve(bound)
+        return bound
 
     def __call__(self, *args: Tensor) -> object:
         assert self.compiled is not None

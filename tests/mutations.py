@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "skip a repack",
         "fxfuse/weights.py",
-        "if bound is None or bound.stamp != _stamp(members):",
-        "if bound is None:",
+        "bound is None or bound.stamp != stamp(members) or",
+        "bound is None or",
         ("tests/test_weights.py", "-k", "stale"),
     ),
     Mutation(
@@ -181,6 +181,41 @@ MUTATIONS = (
         'vars(holder)["_modules"] = _Watched(holder._modules)',
         "pass",
         ("tests/test_force.py", "-k", "before"),
+    ),
+    Mutation(
+        "look at no values",
+        "fxfuse/weights.py",
+        "            if not watch.same():",
+        "            if False:",
+        ("tests/test_packed.py", "-k", "noticed"),
+    ),
+    Mutation(
+        "never look at a line",
+        "fxfuse/fingerprint.py",
+        "            looks += self._turns[self._call % len(self._turns)]",
+        "            pass",
+        ("tests/test_fingerprint.py",),
+    ),
+    Mutation(
+        "take what a call saw for what was packed",
+        "fxfuse/packed.py",
+        "        self.expire()\n        self._stamped = stamp(members)",
+        "        self._stamped = stamp(members)",
+        ("tests/test_packed.py", "-k", "average"),
+    ),
+    Mutation(
+        "find every part right",
+        "fxfuse/packed.py",
+        "return torch.equal(bits(made), bits(region))",
+        "return True",
+        ("tests/test_packed.py", "-k", "one_number"),
+    ),
+    Mutation(
+        "overwrite memory that a shared weight has left",
+        "fxfuse/packed.py",
+        'if self.mode == "share" and any(part.member is not None for part, _ in stale):',
+        "if False:",
+        ("tests/test_packed.py", "-k", "average"),
     ),
 )
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxfuse
 from fxfuse import Plan, weights
 from fxfuse.errors import OptionError
-from fxfuse.weights import Pack
+from fxfuse.packed import Pack
 from tests.models.checks import assert_exact
 from tests.tiny import Tower, llama, redraw, tokens, vectors
 
@@ -389,14 +389,18 @@ class TestGradients:
     @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
     @pytest.mark.parametrize("mode", MODES)
     def test_nothing_of_the_size_of_a_weight_is_concatenated_or_copied_per_call(self, mode: str, inner: str) -> None:
-        model, x = Tower(3), vectors(1, 1, 8)  # so that no activation is as large as a weight
+        model, x = (
+            Tower(3, width=128, hidden=1024),
+            vectors(1, 1, 128),
+        )  # so that no activation is as large as a weight,
+        # nor what is looked at in each call: biases, and samples of weights
         made = fused(model, mode, inner)
         made(x).sum().backward()
 
-        with Concatenations(size=8 * 12) as seen:
+        with Concatenations(size=128 * 1024) as seen:
             made(x)
         assert seen.count == 0
-        with Concatenations(size=8 * 12) as seen, torch.no_grad():
+        with Concatenations(size=128 * 1024) as seen, torch.no_grad():
             made(x)  # another graph, and the same packs
             made(x)
         assert seen.count == 0

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _LIBRARY = torch.library.Library("fxfuse", "FRAGMENT")  # its ops live as long as this object does
 for _name in ("linear", "prepacked_linear"):
@@ -48,7 +49,7 @@ def prepack(weight: Tensor) -> Tensor:
 
     Of a tensor without values, or of a dtype that oneDNN does not multiply here, the weight itself, contiguous.
     """
-    if weight.device.type != "cpu" or not computes(weight.dtype):
+    if weight.device.type != "cpu" or isinstance(weight, FakeTensor) or not computes(weight.dtype):
         return weight.contiguous()
     made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
     return made

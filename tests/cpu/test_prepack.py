@@ -21,9 +21,9 @@ from fxfuse.cpu.gemm import gemm
 from fxfuse.cpu.gemv import compiled_loops, loops_win
 from fxfuse.cpu.race import Size
 from fxfuse.kernels import onednn
+from fxfuse.packed import Pack
 from fxfuse.passes.pack import PACK
 from fxfuse.passes.sizes import fill_in
-from fxfuse.weights import Pack
 from tests.models import as_tuple, build, make_input
 from tests.models import spec as s
 from tests.models.strategies import PlanSpec

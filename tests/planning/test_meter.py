@@ -144,8 +144,7 @@ class TestTheModel:
         meter(PLAN)
         meter.final(PLAN)
         gc.collect()
-        packs = [pack for pack in _PACKS.values() if any(member is own for member in pack.members for own in
-                                                         model.parameters())]  # fmt: skip
+        packs = [pack for pack in _PACKS.values() if any(id(own) in pack.ids for own in model.parameters())]
         assert packs == []
         del meter, model
         gc.collect()

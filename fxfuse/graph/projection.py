@@ -84,7 +84,7 @@ def _linear(
     if sizes is None or len(sizes) != 2:
         return None
     fan_in, width = sizes if transposed else sizes[::-1]
-    if not isinstance(width, int) or not isinstance(fan_in, int):
+    if not isinstance(width, int) or not isinstance(fan_in, int) or not width or not fan_in:  # empty ones are none
         return None
     if bias is not None and shape(bias) != (width,):
         return None

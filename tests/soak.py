@@ -87,30 +87,33 @@ def trace_model(
     model: ResidualModel, plan: fxfuse.Plan, options: dict[str, object], x: Tensor
 ) -> Callable[[Tensor], object]:
     """By ``make_fx``, with the weights as inputs, so that they are packed beside the graph as a backend packs them."""
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+
+    def weights() -> list[Tensor]:
+        return [*model.parameters(), *model.buffers()]
 
     def call(weights: list[Tensor], x: Tensor) -> object:
         return functional_call(model, dict(zip(names, weights, strict=True)), (x,))
 
-    gm = make_fx(call)(list(model.parameters()), x.clone())
+    gm = make_fx(call)(weights(), x.clone())
     apply_plan(
         gm,
         plan,
         strict=bool(plan),
         root=model,
-        inputs=[*model.parameters(), x],
+        inputs=[*weights(), x],
         share=options["weights"] == "share",
         kernels=options["kernels"],  # type: ignore[arg-type]  # drawn from its values
         merge=bool(options["merge_gate_up"]),
     )
     recipes = extract(gm)
     if not recipes:
-        return lambda x: gm(list(model.parameters()), x)
+        return lambda x: gm(weights(), x)
     packed = PackedCall(recipes, options["weights"])  # type: ignore[arg-type]  # likewise
     gm.graph.set_codegen(CodeGen())  # its inputs one by one
     gm.recompile()
     packed.compiled = gm
-    return lambda x: packed(*model.parameters(), x)
+    return lambda x: packed(*weights(), x)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import fxfuse
 from fxfuse import Plan
-from fxfuse.errors import PlanError
 from tests.models.checks import assert_exact
 from tests.tiny import redraw
 

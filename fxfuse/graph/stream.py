@@ -148,6 +148,7 @@ class _Finder:
 
     def _pass(self, nodes: Sequence[fx.Node]) -> None:
         """Note a part of the way of the stream, last node first: its first node is a point, and so is each factor."""
+        self._level.update(dict.fromkeys(nodes, 0))  # in this order: passes take the one nearest to its sum
         for index, node in enumerate(reversed(nodes)):
             if not index or link(node) is None:
                 self._points.append(node)

@@ -146,9 +146,10 @@ class Watch:
         frame = sys._getframe(2)
         while frame is not None:
             code = frame.f_code
-            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if isinstance(owner, nn.Module) and code.co_name.startswith("forward") and self._holds(owner):
-                return True
+            if code.co_argcount and code.co_name.startswith("forward"):
+                owner = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(owner, nn.Module) and self._holds(owner):
+                    return True
             if frame.f_back is None:
                 return False
             frame = frame.f_back

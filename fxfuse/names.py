@@ -41,9 +41,14 @@ def compiled_root() -> nn.Module | None:
 
 
 def _stack() -> Iterator[FrameType]:
+    """The frames of torch's own code, the innermost first.
+
+    Before Python 3.13, to look at the locals of a frame keeps them alive as long as it runs: no user's is looked at.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        yield frame
+        if str(frame.f_globals.get("__name__", "")).startswith("torch."):
+            yield frame
         frame = frame.f_back
 
 
@@ -64,7 +69,7 @@ def _whole() -> dict[str, object] | None:
     Its parts have the same names for the same inputs, and fake tensors in their places.
     """
     for frame in _stack():
-        if isinstance(frame.f_locals.get("self"), DDPOptimizer) and frame.f_code.co_name == "compile_fn":
+        if frame.f_code.co_name == "compile_fn" and isinstance(frame.f_locals.get("self"), DDPOptimizer):
             gm, inputs = frame.f_locals["gm"], frame.f_locals["example_inputs"]
             return {node.name: each for node, each in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)}
     return None

@@ -1,4 +1,4 @@
-"""Families whose layers multiply the stream, under a plan, against their own modules with the plan written out by hand."""
+"""Families whose layers multiply the stream, under a plan, against their own modules with the plan by hand."""
 
 from __future__ import annotations
 

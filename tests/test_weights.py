@@ -389,11 +389,8 @@ class TestGradients:
     @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
     @pytest.mark.parametrize("mode", MODES)
     def test_nothing_of_the_size_of_a_weight_is_concatenated_or_copied_per_call(self, mode: str, inner: str) -> None:
-        model, x = (
-            Tower(3, width=128, hidden=1024),
-            vectors(1, 1, 128),
-        )  # so that no activation is as large as a weight,
-        # nor what is looked at in each call: biases, and samples of weights
+        # So that no activation is as large as a weight, nor what each call looks at: biases, and samples of weights.
+        model, x = Tower(3, width=128, hidden=1024), vectors(1, 1, 128)
         made = fused(model, mode, inner)
         made(x).sum().backward()
 

@@ -13,6 +13,7 @@ from fxfuse.graph.ops import Op, op
 from fxfuse.graph.rms import rms
 from fxfuse.graph.structure import Numbering
 from fxfuse.graph.values import WEIGHT, module_path
+from fxfuse.graph.written import written_by
 
 
 def unlike(branch: Branch, other: Branch, numbering: Numbering) -> str:
@@ -37,7 +38,7 @@ def _kind(normed: Normed, branch: Branch) -> str:
         return f"a {found.name}"
     if rms(normed) is not None:
         return "an rms_norm written out"
-    return normed.bare.name if found is None else found.name
+    return _called(normed.bare) if found is None else found.name
 
 
 def _eps(own: object, others: object, other: Branch) -> str:
@@ -59,6 +60,9 @@ def _first(one: fx.Node, two: fx.Node, branch: Branch, other: Branch, numbering:
                 f"folded into its projections as a gain can, so it cannot be wide with {other.name}"
             )
         found = op(pair[0]), op(pair[1])
+        if found[0] is None and found[1] is None:
+            unknown = f"it reads {_name(pair[0])} where {other.name} reads {_name(pair[1])}"
+            return f"{unknown}, and what {_called(pair[0])} does with them is not known"
         if found[0] is None or found[1] is None or found[0].name != found[1].name:
             return f"it reads {_name(pair[0])} where {other.name} reads {_name(pair[1])}"
         nodes: list[tuple[fx.Node, fx.Node]] = []
@@ -90,8 +94,15 @@ def _kind_of_value(node: fx.Node) -> str:
     return f"a {found.name}" if found is not None and found.name in NORMS else _name(node)
 
 
+def _called(node: fx.Node) -> str:
+    """What an op without a meaning is called: a module's path, or a function's name."""
+    return "a value that is edited in place" if written_by(node) else str(getattr(node.target, "__name__", node.target))
+
+
 def _name(node: fx.Node) -> str:
     found = op(node)
+    if (write := written_by(node)) is not None:
+        return f"what {write.name} edited in place"
     return node.name if found is None else f"{found.name} ({node.name})"
 
 

@@ -3,26 +3,32 @@
 A write through ``p.data``, numpy or an inference tensor leaves no trace but in the values. Comparing all of them costs
 as much as using them, so a call looks at some, in two operations whatever the number of tensors:
 
-- all of every small tensor (`WHOLE`), and of every other one a short stretch, another one each time (`STRETCH`);
-- a line through some of the large tensors, whose turns come round in `ROUND` calls: it meets every row and every column
-  of its tensor.
+- all of the smallest tensors (`AT_ONCE` bytes together), and of every other one a short stretch, another one each time
+  (`STRETCH`);
+- some numbers along lines through the large tensors (`ALONG`): a line meets every row and every column of its tensor.
 
-So an edit of a small tensor is seen at once, and so is any that leaves few values of a large one as they were. One of
-no more than a row or a column of a large one is seen in `ROUND` calls. Bits are compared, so NaN equals NaN.
+So an edit of one of the smallest tensors is seen at once, and so is any that leaves few values of a tensor as they
+were. One of no more than a row or a column is seen when its line has had its turn: the more tensors, the later. Bits
+are compared, so NaN equals NaN.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 WHOLE = 16 << 10
-"""Bytes up to which a tensor is looked at as a whole."""
+"""Bytes up to which a tensor is looked at as a whole, at once or in `PHASES` pieces."""
+
+AT_ONCE = 32 << 10
+"""Bytes of whole tensors that each call looks at; of the others that are small, a piece."""
 
 STRETCH = 64
 """Bytes of a larger tensor that each call looks at."""
@@ -30,11 +36,10 @@ STRETCH = 64
 PHASES = 16
 """The stretches of a tensor that are looked at in turn."""
 
-ROUND = 128
-"""Calls in which a line through each tensor is looked at."""
+ALONG = 256
+"""Numbers along lines that each call looks at."""
 
 _LINES = 4
-_LEAST, _PIECE = 1024, 1024  # numbers along lines that a call looks at, at least, and in one comparison, at most
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -74,7 +79,7 @@ class Fingerprint:
         self.always: tuple[_Sample, ...] = ()
         self.lines: tuple[tuple[_Sample, ...], ...] = ()
         values = _in_order_of_memory(bits(tensor.detach()))
-        small = tensor.numel() * tensor.element_size() <= WHOLE
+        small = values.numel() * values.element_size() <= WHOLE
         if values.is_contiguous():
             flat = values.view(-1)
             self.stretches = (flat.view(torch.uint8),) if small else _stretches(flat.view(torch.uint8))
@@ -83,7 +88,7 @@ class Fingerprint:
             self.always = (_Sample.of(values if small else _corner(values)),)
             lines = [] if small else _rows_and_columns(values)
         self.lines = tuple(
-            tuple(_Sample.of(piece) for view in line for piece in torch.split(view, _PIECE)) for line in lines
+            tuple(_Sample.of(piece) for view in line for piece in torch.split(view, ALONG)) for line in lines
         )
         self.take()
 
@@ -107,17 +112,70 @@ class _Row:
     """Some bytes side by side, and what they were: one operation puts them there, another compares them."""
 
     def __init__(self, views: Sequence[Tensor]) -> None:
-        self._views = tuple(views)
-        length, device = sum(view.numel() for view in views), views[0].device
-        self._words, self._seen = (torch.zeros(-(-length // 8), dtype=torch.int64, device=device) for _ in range(2))
-        self._bytes, self._seen_bytes = (words.view(torch.uint8)[:length] for words in (self._words, self._seen))
+        self._views = tuple(view.contiguous().view(torch.uint8) if view.dim() == 0 else view for view in views)
+        self._seen = torch.empty(0)
 
-    def take(self, seen: Sequence[Tensor]) -> None:
-        torch.cat(tuple(seen), out=self._seen_bytes)
+    def take(self) -> None:
+        self._seen = torch.cat([view.reshape(-1).view(torch.uint8) for view in self._views])
 
     def same(self) -> bool:
-        torch.cat(self._views, out=self._bytes)
-        return torch.equal(self._words, self._seen)
+        return torch.equal(torch.cat([view.reshape(-1).view(torch.uint8) for view in self._views]), self._seen)
+
+
+class _Words:
+    """Words of the processor's memory, and what they were: one operation reads them, another compares them.
+
+    To name a tensor for each place costs ten times as much as to read the place: so all are read by their addresses.
+    """
+
+    def __init__(self, views: Sequence[Tensor]) -> None:
+        self._held = tuple(views)  # so that the memory stays what it is
+        self._places = torch.unique(torch.cat([_words_of(view) for view in views]))
+        self._now, self._seen = (torch.empty(len(self._places), dtype=torch.int64) for _ in range(2))
+
+    def take(self) -> None:
+        torch.index_select(_memory(), 0, self._places, out=self._seen)
+
+    def same(self) -> bool:
+        torch.index_select(_memory(), 0, self._places, out=self._now)
+        return torch.equal(self._now, self._seen)
+
+
+_FIRST, _LAST = 1 << 12, 1 << 48  # the addresses that a process may have
+
+
+@cache
+def _memory() -> Tensor:
+    """All that this process could address, as one tensor of words, of which only places that tensors own are read."""
+    everything = (ctypes.c_char * (_LAST - _FIRST)).from_address(_FIRST)
+    return torch.frombuffer(everything, dtype=torch.int64)
+
+
+def _words_of(view: Tensor) -> Tensor:
+    """The places in :func:`_memory` of the words that hold ``view``, as far as they lie within its storage."""
+    starts = torch.zeros(1, dtype=torch.int64)
+    for size, stride in zip(view.shape, view.stride(), strict=True):
+        steps = torch.arange(size) * stride * view.element_size()
+        starts = (starts[:, None] + steps).flatten()
+    storage = view.untyped_storage()
+    first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    ends = [view.data_ptr() + starts, view.data_ptr() + starts + view.element_size() - 1]
+    words = (torch.cat(ends) // 8).clamp(-(-first // 8), end // 8 - 1)
+    return words - _FIRST // 8
+
+
+def _can_be_read_by_address(view: Tensor) -> bool:
+    """Whether ``view`` lies in the processor's memory, in words of its storage's own."""
+    storage = view.untyped_storage()
+    first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    return view.device.type == "cpu" and -(-first // 8) < end // 8 and end < _LAST
+
+
+def _looks(views: Sequence[Tensor]) -> list[_Row | _Words]:
+    """What looks at ``views``."""
+    by_address = [view for view in views if _can_be_read_by_address(view)]
+    others = [view for view in views if not _can_be_read_by_address(view)]
+    return [*([_Words(by_address)] if by_address else []), *([_Row(others)] if others else [])]
 
 
 class Watch:
@@ -126,33 +184,40 @@ class Watch:
     def __init__(self, fingerprints: Sequence[Fingerprint]) -> None:
         self.fingerprints = tuple(fingerprints)
         self._device = self.fingerprints[0].device
-        self._small = [each for each in self.fingerprints if len(each.stretches) == 1]
-        self._large = [each for each in self.fingerprints if len(each.stretches) == PHASES]
-        self._whole = [_Row([each.stretches[0] for each in self._small])] if self._small else []
-        phases = range(PHASES if self._large else 0)
-        self._phases = [_Row([each.stretches[phase] for each in self._large]) for phase in phases]
-        self._always = [sample for each in self.fingerprints for sample in each.always]
-        self._turns = _turns(self.fingerprints)
+        small = [each.stretches[0] for each in self.fingerprints if len(each.stretches) == 1]
+        whole = [sample.view for each in self.fingerprints for sample in each.always]
+        pieces: list[tuple[Tensor, ...]] = [each.stretches for each in self.fingerprints if len(each.stretches) > 1]
+        left = AT_ONCE
+        for flat in sorted(small, key=Tensor.numel):
+            left -= flat.numel()
+            if left >= 0:
+                whole.append(flat)
+            else:
+                pieces.append(torch.tensor_split(flat, PHASES))
+        self._whole = _looks(whole)
+        self._phases = [_looks(views) for views in zip(*pieces, strict=True)]
+        self._turns = [_looks(turn) for turn in _turns(self.fingerprints)]
         self._call = 0
         self.take()
 
+    @property
+    def round(self) -> int:
+        """Calls after which everything that is looked at in turn has had its turn."""
+        return max(1, len(self._phases), len(self._turns))
+
     def take(self) -> None:
-        """Take over what the fingerprints have seen."""
-        for row in self._whole:
-            row.take([each.seen[0] for each in self._small])
-        for phase, row in enumerate(self._phases):
-            row.take([each.seen[phase] for each in self._large])
+        """Hold what the tensors hold now to be right."""
+        for look in itertools.chain(self._whole, *self._phases, *self._turns):
+            look.take()
 
     def same(self) -> bool:
         """Whether the samples whose turn it is are what they were."""
         if capturing(self._device):
             return True
         self._call += 1
-        looks: list[_Row | _Sample] = [*self._whole, *self._always]
-        if self._phases:
-            looks.append(self._phases[self._call % PHASES])
-        if self._turns:
-            looks += self._turns[self._call % len(self._turns)]
+        looks = [*self._whole]
+        for turns in (self._phases, self._turns):
+            looks += turns[self._call % len(turns)] if turns else []
         return all(look.same() for look in looks)
 
 
@@ -177,7 +242,9 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def _in_order_of_memory(tensor: Tensor) -> Tensor:
-    """The view of ``tensor`` whose last dimension is the one that lies closest."""
+    """A view of ``tensor``, of what it holds many times one, whose last dimension is the one that lies closest."""
+    for dim in [dim for dim, stride in enumerate(tensor.stride()) if stride == 0]:
+        tensor = tensor[(slice(None),) * dim + (slice(0, 1),)]
     if tensor.dim() == 0:
         return tensor.view(1)
     return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride()[dim]))
@@ -213,19 +280,15 @@ def _corner(values: Tensor) -> Tensor:
     return values[:STRETCH]
 
 
-def _turns(fingerprints: Sequence[Fingerprint]) -> list[tuple[_Sample, ...]]:
+def _turns(fingerprints: Sequence[Fingerprint]) -> list[list[Tensor]]:
     """What each call looks at of the lines: first a line through every tensor, then the next through every one."""
     rounds = itertools.zip_longest(*(each.lines for each in fingerprints), fillvalue=())
-    samples = [[sample for line in lines for sample in line] for lines in rounds]
-    turns: list[tuple[_Sample, ...]] = []
-    for own in samples:
-        most = max(_LEAST, -(-sum(sample.view.numel() for sample in own) // ROUND))
-        turn: list[_Sample] = []
-        for sample in own:
-            if turn and sum(each.view.numel() for each in turn) + sample.view.numel() > most:
-                turns.append(tuple(turn))
-                turn = []
-            turn.append(sample)
-        if turn:
-            turns.append(tuple(turn))
+    turns: list[list[Tensor]] = []
+    room = 0
+    for view in (sample.view for lines in rounds for line in lines for sample in line):
+        room -= view.numel()
+        if room < 0:
+            turns.append([])
+            room = ALONG - view.numel()
+        turns[-1].append(view)
     return turns

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.fingerprint import ROUND, WHOLE, Fingerprint, Watch, watches
+from fxfuse.fingerprint import ALONG, AT_ONCE, WHOLE, Fingerprint, Watch, watches
 
 DTYPES = [
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.bool,
@@ -66,9 +66,9 @@ class TestLayouts:
                 line = tensor.select(dim, place)
                 before = line.clone()
                 line.zero_()
-                assert calls(watch) <= ROUND
+                assert calls(watch) <= watch.round
                 line.copy_(before)
-                assert all(watch.same() for _ in range(2 * ROUND))
+                assert all(watch.same() for _ in range(2 * watch.round))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,7 +131,30 @@ def test_what_a_call_looks_at_is_bounded() -> None:
     large = [Fingerprint(torch.zeros(300, 500)) for _ in range(100)]
     watch = Watch(large)
 
-    assert max(sum(sample.view.numel() for sample in turn) for turn in watch._turns) <= 1024
-    assert len(watch._turns) <= 4 * ROUND
-    assert all(each.seen.shape == (16, 64) for each in large)
+    assert max(len(look._seen) for turn in watch._turns for look in turn) <= 2 * ALONG
+    assert max(len(look._seen) for phase in watch._phases for look in phase) <= 100 * (64 // 8 + 1)
+    assert not watch._whole
     assert WHOLE < 300 * 500 * 4
+
+
+def test_of_many_small_tensors_the_smallest_are_looked_at_whole_and_of_the_others_a_piece() -> None:
+    small, others = torch.zeros(8), [torch.zeros(4000) for _ in range(20)]
+    watch = Watch([Fingerprint(each) for each in (*others, small)])
+    assert sum(8 * len(look._seen) for look in watch._whole) <= AT_ONCE
+    small[3] = 1
+    assert not watch.same()
+    small[3] = 0
+
+    for each in others:
+        each[17] = 1
+        assert calls(watch) <= watch.round
+        each[17] = 0
+
+
+def test_neighbours_in_the_same_memory_are_none_of_its_own() -> None:
+    """Words are read whole, and what the allocator has beside a tensor is not looked at."""
+    tensors = [torch.zeros(odd, dtype=torch.int8) for odd in (1, 7, 8, 9, 15, 1001)]
+    watch = Watch([Fingerprint(each) for each in tensors])
+    for _ in range(50):
+        torch.randn(997).sum()
+        assert watch.same()

@@ -18,6 +18,7 @@ from fxfuse.names import elsewhere
 from fxfuse.options import Options
 from fxfuse.passes import REPORTS, apply_plan, simplify
 from fxfuse.passes.base import PassReport, transaction
+from fxfuse.passes.form import NO_OTHER
 from fxfuse.plan import Plan, flat
 
 Fused: TypeAlias = Literal["wide", "gate_up", ""]
@@ -198,4 +199,6 @@ def _reason(branch: Branch, plan: Plan, reports: tuple[PassReport, ...]) -> str:
                 return edit.detail
     if branch.reason or branch.name in plan.drop:
         return branch.reason
+    if any(branch.name in flat(group) for group in plan.parallel):
+        return NO_OTHER
     return "no FFN stands in parallel with it"

@@ -192,8 +192,8 @@ MUTATIONS = (
     Mutation(
         "never look at a line",
         "fxfuse/fingerprint.py",
-        "            looks += self._turns[self._call % len(self._turns)]",
-        "            pass",
+        "for turns in (self._phases, self._turns):",
+        "for turns in (self._phases,):",
         ("tests/test_fingerprint.py",),
     ),
     Mutation(

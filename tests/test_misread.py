@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import fxfuse
 from fxfuse import Plan
+from fxfuse.capture import capture
+from fxfuse.passes import fuse_ffn
 from tests.blocks import HIDDEN, MLP, WIDTH, Stream, assert_same, on_both_roads, ready, trace, vectors
 from tests.models.checks import assert_exact
 
@@ -132,6 +134,31 @@ def test_a_weight_that_the_model_writes_to_is_never_packed(name: str, weights: s
     for seed in range(3):
         x = vectors(seed=seed)
         assert_exact([compiled(x)], [reference(x)])
+
+
+class Decaying(Largest):
+    """Multiplies with a number that it then makes smaller: what is packed at the end of the sum would be too small."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.down(F.gelu(self.up(x))) * self.largest[0]
+        self.write(self, x)
+        return made
+
+
+@torch.no_grad()
+def test_a_weight_that_the_model_writes_to_after_its_use_is_not_read_again() -> None:
+    class Side(Stream):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.start(x)
+            return h + self.layers[0].branch(h) + self.layers[1].branch(h)
+
+    model, reference = (ready(Side(*(Decaying(lambda m, x: m.largest.mul_(0.5)) for _ in range(2)))) for _ in range(2))
+    (captured,) = capture(model, vectors())
+    reference.load_state_dict(model.state_dict())
+
+    fuse_ffn(captured.gm)
+
+    assert_exact([captured.gm(*captured.inputs)[0]], [reference(vectors())])
 
 
 class SoftExperts(nn.Module):

@@ -17,6 +17,8 @@ from fxfuse.graph.structure import Numbering
 from fxfuse.graph.values import dtype, value
 from fxfuse.passes.unlike import unlike
 
+NO_OTHER = "no other FFN of a form that can be made wide is added to the stream at the same place"
+
 TRANSPARENT = frozenset("view flatten unflatten squeeze unsqueeze contiguous clone dropout".split())
 """Ops inside an FFN that change no hidden unit; a wide FFN does without them."""
 
@@ -65,7 +67,7 @@ def difference(branch: Branch, siblings: Sequence[Branch], numbering: Numbering)
     """Why ``branch`` does not become one with the other FFNs that are added at the same place."""
     others = [other for other in siblings if other.ffn is not None and other is not branch]
     if not others:
-        return "no other FFN of a form that can be made wide is added to the stream at the same place"
+        return NO_OTHER
     own = form(branch, numbering)
     forms = {other.name: form(other, numbering) for other in others}
     if own in forms.values():

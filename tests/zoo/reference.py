@@ -39,18 +39,20 @@ def in_parallel(blocks: Sequence[Block]) -> Iterator[None]:
 
 
 def multiplies_its_stream(model: Any, inputs: Mapping[str, Tensor], blocks: Sequence[Block]) -> bool:
-    """Whether a layer, all parts of which add nothing, hands on another stream than it takes, but for a constant.
+    """Whether a layer, all parts of which add nothing, hands on each channel of the stream times another number than 1.
 
     What such a layer adds is not ``layer(h) - h``.
     """
-    varying: list[bool] = []
+    multiplied: list[bool] = []
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         given = args[0] if args else kwargs.get("hidden_states")
         made = out[0] if isinstance(out, tuple) else out
         if isinstance(given, Tensor) and isinstance(made, Tensor) and made.shape == given.shape:
-            change = (made - given).flatten(0, -2)
-            varying.append(bool((change - change[:1]).abs().max() > 1e-9 * given.abs().max()))
+            before, after = ((each - each.mean(0)) for each in (given.flatten(0, -2), made.flatten(0, -2)))
+            factor = (before * after).sum(0) / before.square().sum(0)
+            straight = (after - factor * before).abs().max() < 1e-9 * given.abs().max()  # else a part is not silent
+            multiplied.append(bool(straight and (factor - 1).abs().max() > 1e-6))
 
     handles = [block.module.register_forward_hook(compare, with_kwargs=True) for block in blocks]
     try:
@@ -61,7 +63,7 @@ def multiplies_its_stream(model: Any, inputs: Mapping[str, Tensor], blocks: Sequ
     finally:
         for handle in handles:
             handle.remove()
-    return any(varying)
+    return any(multiplied)
 
 
 @contextmanager

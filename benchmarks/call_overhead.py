@@ -91,6 +91,7 @@ def main() -> None:
     rows = {
         "members": len(members),
         "packs": len(tensors),
+        "calls_until_each_line_was_seen": max(watch.round for watch in bound.watches),
         "stamps_us": samples.median("stamps") * 1e6,
         "samples_us": samples.median("samples") * 1e6,
         "check_us": check * 1e6,

@@ -91,7 +91,9 @@ def main() -> None:
     rows = {
         "members": len(members),
         "packs": len(tensors),
-        "calls_until_each_line_was_seen": max(watch.round for watch in bound.watches),
+        "calls_between_lines_of_a_weight": max(
+            watch.round / max(len(each.lines) for each in watch.fingerprints) for watch in bound.watches
+        ),
         "stamps_us": samples.median("stamps") * 1e6,
         "samples_us": samples.median("samples") * 1e6,
         "check_us": check * 1e6,

@@ -7,6 +7,8 @@ as much as using them, so a call looks at some, in two operations whatever the n
   (`STRETCH`);
 - some numbers along lines through the large tensors (`ALONG`): a line meets every row and every column of its tensor.
 
+Where all of them are small together (`TOGETHER`), a call looks at everything.
+
 So an edit of one of the smallest tensors is seen at once, and so is any that leaves few values of a tensor as they
 were. One of no more than a row or a column is seen when its line has had its turn: the more tensors, the later. Bits
 are compared, so NaN equals NaN.
@@ -24,10 +26,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+TOGETHER = 1 << 20
+"""Bytes of all tensors together up to which every call looks at all of them, whole."""
+
 WHOLE = 16 << 10
 """Bytes up to which a tensor is looked at as a whole, at once or in `PHASES` pieces."""
 
-AT_ONCE = 32 << 10
+AT_ONCE = 16 << 10
 """Bytes of whole tensors that each call looks at; of the others that are small, a piece."""
 
 STRETCH = 64
@@ -66,6 +71,7 @@ class Fingerprint:
 
     Attributes:
         address: where the tensor lies. The samples hold on to that memory.
+        values: its bits, as a view in the order of memory.
         stretches: of its bytes; one is looked at in each call.
         seen: what they were.
         always: samples that every call looks at, of a tensor whose values do not lie side by side.
@@ -78,8 +84,8 @@ class Fingerprint:
         self.stretches: tuple[Tensor, ...] = ()
         self.always: tuple[_Sample, ...] = ()
         self.lines: tuple[tuple[_Sample, ...], ...] = ()
-        values = _in_order_of_memory(bits(tensor.detach()))
-        small = values.numel() * values.element_size() <= WHOLE
+        self.values = values = _in_order_of_memory(bits(tensor.detach()))
+        small = self.nbytes <= WHOLE
         if values.is_contiguous():
             flat = values.view(-1)
             self.stretches = (flat.view(torch.uint8),) if small else _stretches(flat.view(torch.uint8))
@@ -91,6 +97,10 @@ class Fingerprint:
             tuple(_Sample.of(piece) for view in line for piece in torch.split(view, ALONG)) for line in lines
         )
         self.take()
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
 
     def take(self) -> None:
         """Hold what the tensor holds now to be right."""
@@ -184,6 +194,18 @@ class Watch:
     def __init__(self, fingerprints: Sequence[Fingerprint]) -> None:
         self.fingerprints = tuple(fingerprints)
         self._device = self.fingerprints[0].device
+        self._call = 0
+        self._whole: list[_Row | _Words] = []
+        self._phases: list[list[_Row | _Words]] = []
+        self._turns: list[list[_Row | _Words]] = []
+        if sum(each.nbytes for each in self.fingerprints) <= TOGETHER:
+            self._whole = _looks([each.values for each in self.fingerprints])
+        else:
+            self._share()
+        self.take()
+
+    def _share(self) -> None:
+        """Share out among the calls what is too much for each of them."""
         small = [each.stretches[0] for each in self.fingerprints if len(each.stretches) == 1]
         whole = [sample.view for each in self.fingerprints for sample in each.always]
         pieces: list[tuple[Tensor, ...]] = [each.stretches for each in self.fingerprints if len(each.stretches) > 1]
@@ -197,8 +219,6 @@ class Watch:
         self._whole = _looks(whole)
         self._phases = [_looks(views) for views in zip(*pieces, strict=True)]
         self._turns = [_looks(turn) for turn in _turns(self.fingerprints)]
-        self._call = 0
-        self.take()
 
     @property
     def round(self) -> int:

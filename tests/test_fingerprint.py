@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.fingerprint import ALONG, AT_ONCE, WHOLE, Fingerprint, Watch, watches
+from fxfuse.fingerprint import ALONG, AT_ONCE, TOGETHER, WHOLE, Fingerprint, Watch, watches
 
 DTYPES = [
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.bool,
@@ -31,7 +31,8 @@ SIZES = {"small": (12, 20), "large": (150, 290), "long": (30000, 8), "large, of 
 
 
 def watched(tensor: Tensor) -> Watch:
-    (watch,) = watches([Fingerprint(values(5)), Fingerprint(tensor), Fingerprint(values(99, 300))])
+    """A watch of ``tensor`` among others, too many to be looked at together."""
+    (watch,) = watches([Fingerprint(values(5)), Fingerprint(tensor), Fingerprint(values(500, 300))])
     return watch
 
 
@@ -104,7 +105,7 @@ def test_not_a_number_equals_itself_and_minus_zero_is_not_zero() -> None:
 
 
 def test_what_was_taken_since_is_what_is_right() -> None:
-    tensor, large = values(5), values(200, 300)
+    tensor, large = values(5), values(500, 300)
     fingerprints = [Fingerprint(tensor), Fingerprint(large)]
     watch = Watch(fingerprints)
     tensor += 1
@@ -115,7 +116,7 @@ def test_what_was_taken_since_is_what_is_right() -> None:
     watch.take()
 
     assert all(each.same() for each in fingerprints)
-    assert all(watch.same() for _ in range(200))
+    assert all(watch.same() for _ in range(400))
 
 
 def test_tensors_that_hold_nothing_or_one_value_many_times() -> None:
@@ -137,8 +138,22 @@ def test_what_a_call_looks_at_is_bounded() -> None:
     assert WHOLE < 300 * 500 * 4
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_tensors_that_are_small_together_any_value_is_noticed_at_once(layout: str) -> None:
+    tensors = [LAYOUTS[layout](values(150, 290)), values(7), values(99, 300)]
+    (watch,) = watches(map(Fingerprint, tensors))
+    assert sum(each.nbytes for each in watch.fingerprints) <= TOGETHER
+    for tensor in tensors:
+        for place in (0, tensor.shape[-1] // 2, tensor.shape[-1] - 1):
+            tensor[..., place].view(-1)[:1] += 1
+            assert not watch.same()
+            tensor[..., place].view(-1)[:1] -= 1
+            assert watch.same()
+    assert watch.round == 1
+
+
 def test_of_many_small_tensors_the_smallest_are_looked_at_whole_and_of_the_others_a_piece() -> None:
-    small, others = torch.zeros(8), [torch.zeros(4000) for _ in range(20)]
+    small, others = torch.zeros(8), [torch.zeros(4000) for _ in range(80)]
     watch = Watch([Fingerprint(each) for each in (*others, small)])
     assert sum(8 * len(look._seen) for look in watch._whole) <= AT_ONCE
     small[3] = 1

@@ -7,7 +7,7 @@
 #   make mutants               breaks the library in known ways and sees the tests go red
 #   make zoo                   every architecture of transformers against plain references: writes docs/architectures.md
 #   make demo                  SmolLM2-135M recorded, planned, compiled, evaluated and timed: ten minutes, files in demo/
-#   make lint                  ruff, ruff format --check, mypy
+#   make lint                  ruff, ruff format --check, mypy, import-linter
 #   make test TORCH=2.14.1     the same with another torch, in an environment of its own
 #   make test ARGS="-k plan"   further arguments for pytest
 #   make test PYTHON=python3.12
@@ -36,7 +36,7 @@ test: $(STAMP)
 	$(PYTEST) $(ARGS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow" tests/graph tests/passes tests/planning tests/test_plan.py tests/test_options.py $(ARGS)
+	$(PYTEST) -m "not slow" tests/graph tests/passes tests/planning tests/test_plan.py tests/backend/test_options.py $(ARGS)
 
 test-pythons:
 	@for python in python3.11 python3.12 python3.13; do \
@@ -54,6 +54,7 @@ lint: $(STAMP)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports
 
 setup: $(STAMP)
 

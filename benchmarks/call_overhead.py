@@ -5,8 +5,8 @@
 Times what fxfuse adds to a call of a compiled graph, over calling that graph directly: the stamps of all members of all
 packs, the look at samples of their values, and the passing on of the inputs; and what all checks take where they stand,
 in a step that has just filled the caches with other things. Whole parts are compared for a small share of the time on
-top (`fxfuse.weights.AUDIT_SHARE`), which `checks_of_step` includes. The plan fuses the FFNs of SmolLM2-135M in fours,
-28 layers of 30, and drops 29 attentions: the step that is compared with is shorter than that of the model.
+top (`fxfuse.packing.calls.AUDIT_SHARE`), which `checks_of_step` includes. The plan fuses the FFNs of SmolLM2-135M in
+fours, 28 layers of 30, and drops 29 attentions: the step that is compared with is shorter than that of the model.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from fxfuse import Plan
-from fxfuse.bench import Machine, interleave
-from fxfuse.loading import load
-from fxfuse.packed import stamp
-from fxfuse.weights import AUDIT_SHARE, PackedCall
+from fxfuse.bench.timing import Machine, interleave
+from fxfuse.data.loading import load
+from fxfuse.packing.calls import AUDIT_SHARE, PackedCall
+from fxfuse.packing.packs import stamp
 
 BUDGET = 0.003
 

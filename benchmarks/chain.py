@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse import Plan
-from fxfuse.bench import Machine, interleave
-from fxfuse.capture import twin
-from fxfuse.prune import APART
+from fxfuse.backend.frontend import twin
+from fxfuse.bench.timing import Machine, interleave
+from fxfuse.model.pruning import APART
 
 COUNT = 4
 BASE, AGAIN = "inductor", "inductor again"

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from fxfuse.bench import Machine
-from fxfuse.capture import twin
-from fxfuse.latency import decode, filled_cache
-from fxfuse.loading import load
+from fxfuse.backend.frontend import twin
+from fxfuse.bench.prefill_decode import decode, filled_cache
+from fxfuse.bench.timing import Machine
+from fxfuse.data.loading import load
+from fxfuse.model.pruning import APART
 from fxfuse.plan import Plan
-from fxfuse.prune import APART
 
 BASE, AGAIN = "inductor", "inductor again"
 

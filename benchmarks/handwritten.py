@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from fxfuse import Plan
-from fxfuse.bench import Machine, interleave, relative_distance
-from fxfuse.loading import load
+from fxfuse.bench.timing import Machine, interleave, relative_distance
+from fxfuse.data.loading import load
 
 FIRST, LAST = 4, 7
 PLAN = Plan(

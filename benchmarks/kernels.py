@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--gpus h100 h200 a100] [--fused 1 4] [--json FILE]
 
 Nothing is measured. bfloat16, SwiGLU; model widths 2,048 and 4,096 on one GPU, 8,192 and 16,384 on eight. The model is
-`fxfuse.kernels.times`: what it takes from data sheets and from others' measurements, and what it assumes, is written
+`fxfuse.hardware.times`: what it takes from data sheets and from others' measurements, and what it assumes, is written
 to the file beside the numbers. The time of a kernel includes its launch. A row that misses its aim says so.
 """
 
@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fxfuse.kernels import gpus, times
-from fxfuse.kernels.cost import Layer, gemms
-from fxfuse.kernels.gpus import Gpu
-from fxfuse.kernels.pick import pick
+from fxfuse.hardware import gpus, times
+from fxfuse.hardware.cost import Layer, gemms
+from fxfuse.hardware.gpus import Gpu
+from fxfuse.hardware.pick import pick
 
 GEOMETRIES = ((2048, 8192, 1), (4096, 14336, 1), (8192, 28672, 8), (16384, 53248, 8))
 """Model width, hidden units of one FFN, GPUs that share it."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fxfuse.bench import Machine, interleave
-from fxfuse.loading import load
-from fxfuse.record import Recorder
+from fxfuse.bench.timing import Machine, interleave
+from fxfuse.data.loading import load
+from fxfuse.measure.recorder import Recorder
 
 
 def main() -> None:

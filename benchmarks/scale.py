@@ -20,11 +20,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fxfuse import Plan
-from fxfuse.bench import Machine
-from fxfuse.capture import Captured, capture
-from fxfuse.graph import find_streams
+from fxfuse.backend.frontend import Captured, capture
+from fxfuse.bench.timing import Machine
+from fxfuse.graph.surgery import copy_graph
 from fxfuse.passes import apply_plan
-from fxfuse.passes.base import copy_graph
+from fxfuse.stream.finder import find_streams
 
 DEPTHS = (32, 63, 126)
 LIMIT = 2.0

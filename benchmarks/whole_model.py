@@ -20,10 +20,10 @@ import torch
 from handwritten import PLAN, by_hand
 from torch import nn
 
-from fxfuse.bench import Machine, interleave, relative_distance
-from fxfuse.capture import twin
-from fxfuse.loading import load
-from fxfuse.prune import APART
+from fxfuse.backend.frontend import twin
+from fxfuse.bench.timing import Machine, interleave, relative_distance
+from fxfuse.data.loading import load
+from fxfuse.model.pruning import APART
 
 BASE, AGAIN = "inductor", "inductor again"
 

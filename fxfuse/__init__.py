@@ -5,39 +5,37 @@ The public names are imported when they are first used, so that ``import fxfuse`
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fxfuse.apply import apply
-    from fxfuse.calibrate import calibrate
+    from fxfuse.backend.applying import apply
     from fxfuse.errors import FxfuseError, PlanError
-    from fxfuse.evaluate import Metrics, evaluate
-    from fxfuse.explain import Explanation, explain
+    from fxfuse.measure.evaluation import Metrics, evaluate
+    from fxfuse.measure.recorder import record
+    from fxfuse.measure.recording import Recording
+    from fxfuse.model.pruning import prune
+    from fxfuse.packing.calls import refresh
     from fxfuse.plan import Plan
     from fxfuse.planning import make_plan
-    from fxfuse.prune import prune
-    from fxfuse.record import record
-    from fxfuse.recording import Recording
-    from fxfuse.weights import refresh
+    from fxfuse.planning.calibration import calibrate
+    from fxfuse.report.explanation import Explanation, explain
 
 _HOME = {
-    "apply": "fxfuse.apply",
-    "evaluate": "fxfuse.evaluate",
-    "calibrate": "fxfuse.calibrate",
-    "explain": "fxfuse.explain",
-    "Explanation": "fxfuse.explain",
+    "apply": "fxfuse.backend.applying",
+    "calibrate": "fxfuse.planning.calibration",
+    "evaluate": "fxfuse.measure.evaluation",
+    "explain": "fxfuse.report.explanation",
+    "Explanation": "fxfuse.report.explanation",
     "FxfuseError": "fxfuse.errors",
     "make_plan": "fxfuse.planning",
-    "Metrics": "fxfuse.evaluate",
+    "Metrics": "fxfuse.measure.evaluation",
     "Plan": "fxfuse.plan",
     "PlanError": "fxfuse.errors",
-    "prune": "fxfuse.prune",
-    "record": "fxfuse.record",
-    "Recording": "fxfuse.recording",
-    "refresh": "fxfuse.weights",
+    "prune": "fxfuse.model.pruning",
+    "record": "fxfuse.measure.recorder",
+    "Recording": "fxfuse.measure.recording",
+    "refresh": "fxfuse.packing.calls",
 }
 
 __all__ = [
@@ -62,14 +60,3 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'fxfuse' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
-
-
-class _Package(ModuleType):
-    """Keeps ``fxfuse.prune`` the function: importing a submodule binds it in its package, where it would hide it."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

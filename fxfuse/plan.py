@@ -6,6 +6,7 @@ added (``parallel``). It is data: immutable, readable JSON, versioned, valid for
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from fxfuse._common.files import write_atomically
 from fxfuse.errors import PlanError
-from fxfuse.files import write_atomically
 
 Member: TypeAlias = str | tuple[str, ...]
 """A branch, or a private sequence: branches that run in order on a copy of the stream of their own."""
@@ -153,3 +154,57 @@ def _explain(error: ValidationError) -> str:
     if where == "version":
         return f"version {first['input']!r} is not one this library reads (it reads 1)"
     return f"{where}: {first['msg']}, got {first['input']!r}"
+
+
+class PlanFile:
+    """A plan as it stood in a file when it was read.
+
+    Equal to the path of the file for as long as the file holds the same plan: that is how torch.compile, which compares
+    options to decide whether a compiled graph still serves, comes to notice that the file has changed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._seen = _status(self.path)
+        self.plan = Plan.load(self.path)
+        self._digest = _digest(self.path)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, PlanFile):
+            return self.path == other.path and self._digest == other._digest
+        return isinstance(other, str | os.PathLike) and os.fspath(other) == self.path and self._unchanged()
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def __repr__(self) -> str:
+        return f"PlanFile({self.path!r}, {self._digest[:8]})"
+
+    def _unchanged(self) -> bool:
+        status = _status(self.path)
+        if status != self._seen and status is not None and _digest(self.path) == self._digest:
+            self._seen = status
+        return status == self._seen
+
+
+def _status(path: str) -> tuple[int, ...] | None:
+    """What differs when the file does: a copy may keep length and time, but not the inode, or when that was written."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def edits_of(plan: Plan | PlanFile | str | os.PathLike[str] | None) -> Plan:
+    """The plan that a backend's option ``plan`` stands for; an empty one if none was given."""
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, PlanFile):
+        return plan.plan
+    return Plan.load(plan) if plan is not None else Plan()

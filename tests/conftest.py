@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-from fxfuse.kernels import onednn
-from fxfuse.loading import Loaded, load, smollm2_path
+from fxfuse.cpu import onednn
+from fxfuse.data.loading import Loaded, load, smollm2_path
 
 # Compilation takes seconds and would trip hypothesis' deadline. Its own "ci" profile has none, and draws the same
 # examples every time.

@@ -34,9 +34,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
 import fxfuse
+from fxfuse.packing.calls import PackedCall
+from fxfuse.packing.recipe import extract
 from fxfuse.passes import apply_plan
-from fxfuse.recipe import extract
-from fxfuse.weights import PackedCall
 from tests.models import ResidualModel, as_tuple, assert_exact, build, make_input, reference
 from tests.models import spec as s
 from tests.models.strategies import PlanSpec, fusing_plans, legal_plans, residual_models, swiglu_models

@@ -14,9 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor, fx, ops
 
+from fxfuse.cpu import onednn
 from fxfuse.cpu.products import Product, as_dtype, products
 from fxfuse.cpu.race import Linear, Size, aten, fastest
-from fxfuse.kernels import onednn
 
 
 def other_gemms(graph: fx.Graph) -> int:

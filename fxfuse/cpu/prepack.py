@@ -1,8 +1,9 @@
 """Linear maps on a CPU over prepacked weights, those of one input as one: the option ``prepack`` of the backend.
 
-oneDNN reads weights fastest in a layout of its own. Such a copy is one more packed weight (`fxfuse.passes.pack`): made
-once, true to the weights it was made from, and shared by all graphs that want it. Linear maps that read one value (q, k
-and v; gate and up) become one over the rows of all: fewer calls, each closer to the memory's bandwidth.
+oneDNN reads weights fastest in a layout of its own. Such a copy is one more packed weight
+(`fxfuse.packing.expressions`): made once, true to the weights it was made from, and shared by all graphs that want it.
+Linear maps that read one value (q, k and v; gate and up) become one over the rows of all: fewer calls, each closer to
+the memory's bandwidth.
 
 Exact: the same sums of products, formed in float32. Each is done only where it is measured to be faster.
 """
@@ -17,19 +18,20 @@ from functools import cache
 import torch
 from torch import Tensor, fx
 
+from fxfuse.cpu import onednn
 from fxfuse.cpu.gemm import gemm
 from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, loops_win
 from fxfuse.cpu.race import Linear, Size, aten, hint, wins
+from fxfuse.ffn.projection import Projection, projection
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ops import op
 from fxfuse.graph.order import hazards, overwritten, regions, sort
-from fxfuse.graph.projection import Projection, projection
 from fxfuse.graph.special import unpackable
+from fxfuse.graph.surgery import erase_dead, transaction
 from fxfuse.graph.values import parameters, value
-from fxfuse.kernels import onednn
-from fxfuse.passes import pack
-from fxfuse.passes.base import Edit, PassReport, erase_dead, transaction
-from fxfuse.passes.wide import slices
+from fxfuse.packing import expressions as pack
+from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.emit.wide import slices
 
 log = logging.getLogger(__name__)
 

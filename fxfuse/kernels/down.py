@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fxfuse.hardware.configs import GROUP, Config
 from fxfuse.kernels.calls import Down
-from fxfuse.kernels.configs import GROUP, Config
 from fxfuse.kernels.launches import Launch
 from fxfuse.kernels.tiles import corner, place
 

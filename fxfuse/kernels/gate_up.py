@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fxfuse.hardware.configs import COUNTERS, GROUP, Config
 from fxfuse.kernels.calls import GateUp
-from fxfuse.kernels.configs import COUNTERS, GROUP, Config
 from fxfuse.kernels.launches import Launch
 from fxfuse.kernels.tiles import activate, corner, place, squares
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fxfuse.errors import KernelError
-from fxfuse.kernels import down, gate_up, gpus, rstd, tune
+from fxfuse.hardware import gpus
+from fxfuse.hardware.configs import COUNTERS, LOOP_ROWS, Gemm
+from fxfuse.hardware.gpus import Gpu
+from fxfuse.kernels import down, gate_up, rstd, tune
 from fxfuse.kernels.calls import Down, GateUp, changed
-from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, Gemm
-from fxfuse.kernels.gpus import Gpu
 from fxfuse.kernels.launches import Launch
 
 FAR = 2**23

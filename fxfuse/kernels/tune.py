@@ -19,11 +19,11 @@ import triton
 from torch import Tensor
 
 from fxfuse.errors import KernelError
+from fxfuse.hardware.configs import COUNTERS, LOOP_ROWS, Config, Gemm, candidates
+from fxfuse.hardware.gpus import Gpu
+from fxfuse.hardware.pick import pick, splits
 from fxfuse.kernels import down, gate_up
 from fxfuse.kernels.calls import Down, GateUp
-from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, Config, Gemm, candidates
-from fxfuse.kernels.gpus import Gpu
-from fxfuse.kernels.pick import pick, splits
 
 Measure = Callable[[Config], float]
 """Seconds that a kernel takes with a config."""

@@ -10,12 +10,14 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
-from fxfuse.graph.branch import KEPT
 from fxfuse.graph.order import overwritten
-from fxfuse.graph.stream import ResidualStream
-from fxfuse.passes.base import Edit, PassReport, erase_dead, erase_empty_regions, resum, transaction
-from fxfuse.passes.normal import normal_streams
+from fxfuse.graph.surgery import erase_dead, erase_empty_regions, transaction
+from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.normalise.normal import normal_streams
 from fxfuse.passes.select import check_known
+from fxfuse.stream.branch import KEPT
+from fxfuse.stream.finder import ResidualStream
+from fxfuse.stream.rewrite import resum
 
 
 def drop(gm: fx.GraphModule, branches: Collection[str], streams: Sequence[ResidualStream] | None = None) -> PassReport:

@@ -12,20 +12,22 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxfuse.graph.branch import Branch, Term
-from fxfuse.graph.ffn import FFN
-from fxfuse.graph.normed import unfoldable
+from fxfuse.ffn.affine import unfoldable
+from fxfuse.ffn.anatomy import FFN
 from fxfuse.graph.ops import op
 from fxfuse.graph.order import overwritten, regions
-from fxfuse.graph.structure import Numbering
-from fxfuse.graph.sums import Sum
+from fxfuse.graph.surgery import erase_dead, transaction
+from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import shape
-from fxfuse.passes.base import Edit, PassReport, erase_dead, resum, transaction
-from fxfuse.passes.form import difference, form
-from fxfuse.passes.kernel import Kernel, Kernels, kernel_alone, kernel_of
-from fxfuse.passes.normal import normal_streams
+from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.compatible import difference, form
+from fxfuse.passes.emit.kernel import Kernel, Kernels, kernel_alone, kernel_of
+from fxfuse.passes.emit.wide import emit_batched, emit_wide
+from fxfuse.passes.normalise.normal import normal_streams
 from fxfuse.passes.verify import Verifier
-from fxfuse.passes.wide import emit_batched, emit_wide
+from fxfuse.stream.branch import Branch, Term
+from fxfuse.stream.rewrite import resum
+from fxfuse.stream.sums import Sum
 
 
 def fuse_ffn(

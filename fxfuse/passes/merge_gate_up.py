@@ -12,19 +12,20 @@ from itertools import chain
 
 from torch import fx
 
-from fxfuse.graph.branch import Branch, Term
-from fxfuse.graph.ffn import GateUp, Projection
-from fxfuse.graph.normed import unfoldable
+from fxfuse.ffn.affine import unfoldable
+from fxfuse.ffn.anatomy import GateUp, Projection
 from fxfuse.graph.order import hazards, overwritten, regions, sort
-from fxfuse.graph.structure import Numbering
-from fxfuse.graph.sums import Sum
+from fxfuse.graph.surgery import erase_dead, transaction
+from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import dtype, value
-from fxfuse.passes.base import Edit, PassReport, erase_dead, transaction
-from fxfuse.passes.form import bare_key, difference
-from fxfuse.passes.normal import normal_streams
-from fxfuse.passes.pack import PACK
+from fxfuse.packing.expressions import PACK
+from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.compatible import bare_key, difference
+from fxfuse.passes.emit.wide import can_be_given_the_shape_of, emit_projections
+from fxfuse.passes.normalise.normal import normal_streams
 from fxfuse.passes.verify import Verifier
-from fxfuse.passes.wide import can_be_given_the_shape_of, emit_projections
+from fxfuse.stream.branch import Branch, Term
+from fxfuse.stream.sums import Sum
 
 
 def merge_gate_up(

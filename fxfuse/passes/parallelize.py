@@ -13,17 +13,19 @@ from collections.abc import Container, Mapping, Sequence
 from torch import fx
 
 from fxfuse.errors import PlanError
-from fxfuse.graph.branch import Branch, Term
 from fxfuse.graph.ops import mutated_arguments, op
 from fxfuse.graph.order import Stuck, hazards, overwritten, regions, sort
 from fxfuse.graph.rows import viewed
-from fxfuse.graph.stream import ResidualStream
-from fxfuse.graph.sums import Sum
+from fxfuse.graph.surgery import transaction
 from fxfuse.graph.values import dtype, same_shape
-from fxfuse.passes.base import Edit, PassReport, add_up, resum, shaped, transaction
-from fxfuse.passes.normal import normal_streams
+from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.normalise.normal import normal_streams
 from fxfuse.passes.select import check_known
 from fxfuse.plan import Group, flat
+from fxfuse.stream.branch import Branch, Term
+from fxfuse.stream.finder import ResidualStream
+from fxfuse.stream.rewrite import add_up, resum, shaped
+from fxfuse.stream.sums import Sum
 
 
 def parallelize(gm: fx.GraphModule, groups: Sequence[Group]) -> PassReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fxfuse.errors import PlanError, nearest
-from fxfuse.graph.stream import ResidualStream
+from fxfuse.stream.finder import ResidualStream
 
 
 def branch_names(streams: Sequence[ResidualStream]) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxfuse.graph.branch import Branch
-from fxfuse.graph.normed import NORMS, Normed
+from fxfuse.ffn.affine import NORMS, Normed
+from fxfuse.ffn.rms import rms
 from fxfuse.graph.ops import Op, op
-from fxfuse.graph.rms import rms
-from fxfuse.graph.structure import Numbering
+from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import WEIGHT, module_path
 from fxfuse.graph.written import written_by
+from fxfuse.stream.branch import Branch
 
 
 def unlike(branch: Branch, other: Branch, numbering: Numbering) -> str:

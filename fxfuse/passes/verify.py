@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument, Target, map_aggregate
 
 from fxfuse.errors import OptionError, VerifyError
-from fxfuse.graph.branch import Term
 from fxfuse.graph.ops import FLOATING_METHODS, is_barrier, mutated_arguments
+from fxfuse.stream.branch import Term
 
 TOLERANCE = 1e-8
 """How far the two may be apart, relative to the largest value, or to 1 if that is more."""

@@ -11,8 +11,8 @@ from itertools import combinations
 from typing import TypeAlias
 
 from fxfuse.errors import OptionError
+from fxfuse.measure.recording import BranchRecord, Recording
 from fxfuse.planning.groups import sums
-from fxfuse.recording import BranchRecord, Recording
 
 Block: TypeAlias = tuple[str, str]
 """The names of an attention and of the FFN after it: a private sequence of a plan."""

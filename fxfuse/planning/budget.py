@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from fxfuse.errors import NotFiniteError, PlanError
+from fxfuse.measure.recording import Recording
 from fxfuse.plan import Plan
 from fxfuse.planning.decisions import Decision, dropped, plan_of
 from fxfuse.planning.groups import Limits, distance, follow, in_two, promise, propose_groups, recorded_kl
-from fxfuse.recording import Recording
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fxfuse.measure.recording import Recording
 from fxfuse.plan import Plan
 from fxfuse.planning.groups import Limits, distance, propose_groups
-from fxfuse.recording import Recording
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from fxfuse.bounds import check_bound, check_count
-from fxfuse.recording import BranchRecord, Recording
+from fxfuse._common.bounds import check_bound, check_count
+from fxfuse.measure.recording import BranchRecord, Recording
 
 FFNs: TypeAlias = tuple[str, ...]
 """Names of consecutive FFNs, in stream order."""

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fxfuse.batches import Batch, original
-from fxfuse.bounds import check_bound, check_count
+from fxfuse._common.bounds import check_bound, check_count
+from fxfuse.data.batches import Batch, original
 from fxfuse.errors import OptionError
+from fxfuse.measure.recording import Recording
 from fxfuse.plan import Plan
 from fxfuse.planning.budget import search
 from fxfuse.planning.decisions import Decision, plan_of, propose
 from fxfuse.planning.groups import Limits
 from fxfuse.planning.meter import Meter
 from fxfuse.planning.scores import Score, cheapest, check_score, how_many
-from fxfuse.recording import Recording
 
 
 def make_plan(

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from fxfuse.batches import Batch, Model, original, thoroughly
-from fxfuse.evaluate import evaluate
-from fxfuse.force import uncompiled
+from fxfuse.data.batches import Batch, Model, original, thoroughly
+from fxfuse.measure.evaluation import evaluate
+from fxfuse.model.force import uncompiled
 from fxfuse.plan import Plan
 from fxfuse.planning.planned import Planned, compiled
 

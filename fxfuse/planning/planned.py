@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.batches import Model, on_device_of
-from fxfuse.capture import compiled_apart, forget, twin
-from fxfuse.force import uncompiled
-from fxfuse.names import elsewhere, guard_modules, names_in, specialise
-from fxfuse.passes.apply_plan import edit
-from fxfuse.passes.base import copy_graph
+from fxfuse.backend.frontend import compiled_apart, forget, twin
+from fxfuse.backend.naming import elsewhere, guard_modules, names_in, specialise
+from fxfuse.data.batches import Model, on_device_of
+from fxfuse.graph.surgery import copy_graph
+from fxfuse.model.force import uncompiled
+from fxfuse.model.pruning import APART
+from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
-from fxfuse.prune import APART
 
 
 class Planned:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias, get_args
 
-from fxfuse.bounds import check_bound
+from fxfuse._common.bounds import check_bound
 from fxfuse.errors import OptionError, RecordError, nearest
-from fxfuse.recording import BranchRecord, Recording
+from fxfuse.measure.recording import BranchRecord, Recording
 
 Score: TypeAlias = Literal["kl", "cosine", "norm_ratio"]
 """What to judge a branch by; each is small where the branch does little.

@@ -7,9 +7,9 @@ import os
 
 import torch
 
+from fxfuse._common.files import write_atomically
 from fxfuse.errors import MissingDependencyError
-from fxfuse.files import write_atomically
-from fxfuse.recording import Recording
+from fxfuse.measure.recording import Recording
 
 LOWEST, HIGHEST = 2.0**-9, 2.0**-1
 

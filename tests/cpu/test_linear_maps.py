@@ -14,7 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse import cpu
-from fxfuse.capture import capture
+from fxfuse.backend.frontend import capture
 from fxfuse.cpu import PASS, gemm, gemv, race, with_linear_maps
 from fxfuse.cpu.gemm import in_float32, other_gemms
 from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, few_rows_as_loops, loops_win, measure

@@ -14,16 +14,16 @@ from hypothesis import given
 from torch import Tensor, fx, nn
 
 import fxfuse
-from fxfuse import Plan, weights
+from fxfuse import Plan
+from fxfuse.cpu import onednn, race
 from fxfuse.cpu import prepack as module
-from fxfuse.cpu import race
 from fxfuse.cpu.gemm import gemm
 from fxfuse.cpu.gemv import compiled_loops, loops_win
 from fxfuse.cpu.race import Size
-from fxfuse.kernels import onednn
-from fxfuse.packed import Pack
-from fxfuse.passes.pack import PACK
-from fxfuse.passes.sizes import fill_in
+from fxfuse.packing import calls as weights
+from fxfuse.packing.expressions import PACK
+from fxfuse.packing.packs import Pack
+from fxfuse.passes.normalise.sizes import fill_in
 from tests.models import as_tuple, build, make_input
 from tests.models import spec as s
 from tests.models.strategies import PlanSpec
@@ -320,7 +320,7 @@ def test_without_onednn_nothing_is_prepacked() -> None:
 
 
 def test_the_report_names_the_weights_and_their_memory() -> None:
-    from fxfuse.capture import capture
+    from fxfuse.backend.frontend import capture
 
     with torch.no_grad():
         (captured,) = capture(Attention(), rows())

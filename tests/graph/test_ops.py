@@ -12,7 +12,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from fxfuse.graph.ops import Op, drops_randomly, is_barrier, is_impure, is_pointwise, mutated_arguments, op
-from tests.blocks import on_every_road, trace, vectors
+from tests.models.blocks import on_every_road, trace, vectors
 
 aten = torch.ops.aten
 

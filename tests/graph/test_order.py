@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse.graph.order import Stuck, hazards, overwritten, regions, rewrites, sort, writes_in_vain, written_memory
-from tests.blocks import trace, vectors
+from tests.models.blocks import trace, vectors
 
 
 def traced(f: Callable[..., object]) -> fx.Graph:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import fxfuse
 from fxfuse import Plan
+from fxfuse.cpu import onednn
 from fxfuse.graph.special import unpackable
-from fxfuse.kernels import onednn
-from tests.blocks import trace
+from tests.models.blocks import trace
 
 
 class Quantised(Tensor):

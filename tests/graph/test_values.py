@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ops import op
 from fxfuse.graph.values import clean, dtype, is_floating, parameters, same_shape, shape, value
-from tests.blocks import HIDDEN, WIDTH, Decoder, Stream, SwiGLU, on_every_road, ready, trace, vectors
+from tests.models.blocks import HIDDEN, WIDTH, Decoder, Stream, SwiGLU, on_every_road, ready, trace, vectors
 
 
 def named(gm: fx.GraphModule, name: str) -> fx.Node:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
-from fxfuse.kernels import reference
-from fxfuse.kernels.configs import TABLE, Kernel
+from fxfuse.hardware.configs import TABLE, Kernel
+from tests.kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,11 +7,11 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from fxfuse.errors import KernelError
+from fxfuse.hardware.configs import COUNTERS, LOOP_ROWS, TABLE, Config, Row
+from fxfuse.hardware.gpus import SHARED_BYTES, Gpu, find
 from fxfuse.kernels import down, gate_up
 from fxfuse.kernels.calls import ACTIVATIONS, Down, GateUp
 from fxfuse.kernels.compile import Compiled, compile_launch
-from fxfuse.kernels.configs import COUNTERS, LOOP_ROWS, TABLE, Config, Row
-from fxfuse.kernels.gpus import SHARED_BYTES, Gpu, find
 from fxfuse.kernels.launch import wide_work
 
 SPILLS = 16

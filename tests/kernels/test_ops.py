@@ -13,8 +13,9 @@ from torch.library import opcheck
 
 import fxfuse.kernels  # noqa: F401  # registers the ops
 from fxfuse.errors import KernelError
-from fxfuse.kernels import aten, ops, reference
+from fxfuse.kernels import aten, ops
 from fxfuse.kernels.calls import ACTIVATIONS
+from tests.kernels import reference
 from tests.kernels.cases import DTYPES, Case, assert_exact_enough, draw
 
 OPS = torch.ops.fxfuse

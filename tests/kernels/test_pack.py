@@ -10,8 +10,8 @@ from torch import Tensor
 import fxfuse.kernels  # noqa: F401  # registers the ops
 from fxfuse.errors import KernelError
 from fxfuse.kernels.calls import ACTIVATIONS
-from fxfuse.kernels.pack import pack_bias, pack_down, pack_gate_up
 from tests.kernels.cases import MODULES
+from tests.kernels.packing import pack_bias, pack_down, pack_gate_up
 
 D = 6
 

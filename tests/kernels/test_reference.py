@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxfuse.kernels import reference
+from tests.kernels import reference
 from tests.kernels.cases import MODULES, draw
 
 

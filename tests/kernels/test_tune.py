@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fxfuse.errors import KernelError
+from fxfuse.hardware.configs import COUNTERS, CROWD, LOOP_ROWS, MAX_SPLIT, TABLE, Config, Gemm, candidates
+from fxfuse.hardware.gpus import Gpu, find
+from fxfuse.hardware.pick import pick
 from fxfuse.kernels import gate_up, tune
 from fxfuse.kernels.calls import GateUp
-from fxfuse.kernels.configs import COUNTERS, CROWD, LOOP_ROWS, MAX_SPLIT, TABLE, Config, Gemm, candidates
-from fxfuse.kernels.gpus import Gpu, find
-from fxfuse.kernels.pick import pick
 
 H100 = find("h100")
 GEMM = Gemm("down", 5, 4096, 16384, torch.bfloat16)

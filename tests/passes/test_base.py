@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.graph.branch import STAMP, Term
 from fxfuse.graph.scale import Scale
+from fxfuse.graph.surgery import copy_graph, erase_dead, transaction
 from fxfuse.passes import Edit, PassReport
-from fxfuse.passes.base import add_up, copy_graph, erase_dead, transaction
-from tests.blocks import Stream, SwiGLU, assert_same, on_both_roads, ready, trace, vectors
+from fxfuse.stream.branch import STAMP, Term
+from fxfuse.stream.rewrite import add_up
+from tests.models.blocks import Stream, SwiGLU, assert_same, on_both_roads, ready, trace, vectors
 
 
 def names(graph: fx.Graph) -> list[str]:

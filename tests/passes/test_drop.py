@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fxfuse.passes import apply_plan, drop
 from fxfuse.plan import Plan
-from tests.blocks import (
+from tests.models.blocks import (
     WIDTH,
     Attention,
     Block,
@@ -31,16 +31,7 @@ from tests.blocks import (
     trace,
     vectors,
 )
-from tests.passes.models import (
-    Cached,
-    CrossLayer,
-    IndexedExperts,
-    InPlace,
-    KeyOutputs,
-    Parallel,
-    Tapped,
-    Tokens,
-)
+from tests.models.chains import Cached, CrossLayer, IndexedExperts, InPlace, KeyOutputs, Parallel, Tapped, Tokens
 
 BRANCHES = ["layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp"]
 

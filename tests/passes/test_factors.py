@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxfuse.capture import capture
-from fxfuse.instrument import Instrumented
+from fxfuse.backend.frontend import capture
+from fxfuse.measure.instrument import Instrumented
 from fxfuse.passes import REPORTS, apply_plan, simplify
 from fxfuse.plan import Plan
-from tests.blocks import MLP, WIDTH, on_both_roads, ready, trace, vectors
+from tests.models.blocks import MLP, WIDTH, on_both_roads, ready, trace, vectors
 
 
 class Scaled(nn.Module):

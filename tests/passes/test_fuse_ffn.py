@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxfuse.packing.expressions import PACK
 from fxfuse.passes import PassReport, fuse_ffn, parallelize, simplify
-from fxfuse.passes.pack import PACK
-from tests.blocks import (
+from tests.models import spec as s
+from tests.models.blocks import (
     HIDDEN,
     MLP,
     WIDTH,
@@ -31,7 +32,6 @@ from tests.blocks import (
     trace,
     vectors,
 )
-from tests.models import spec as s
 from tests.models.bodies import FFNBody
 from tests.models.norms import make_norm
 

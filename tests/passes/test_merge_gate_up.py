@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxfuse.packing.expressions import PACK
 from fxfuse.passes import fuse_ffn, merge_gate_up
-from fxfuse.passes.pack import PACK
-from tests.blocks import (
+from tests.models import spec as s
+from tests.models.blocks import (
     HIDDEN,
     MLP,
     WIDTH,
@@ -26,7 +27,6 @@ from tests.blocks import (
     trace,
     vectors,
 )
-from tests.models import spec as s
 from tests.models.bodies import FFNBody
 
 

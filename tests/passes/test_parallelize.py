@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxfuse.passes import apply_plan, drop, parallelize
 from fxfuse.plan import Group, Plan
-from tests.blocks import (
+from tests.models.blocks import (
     WIDTH,
     Attention,
     Block,
@@ -29,7 +29,7 @@ from tests.blocks import (
     trace,
     vectors,
 )
-from tests.passes.models import Cached, CrossLayer, InPlace, LateKeys, Parallel, SharedCache, Tapped
+from tests.models.chains import Cached, CrossLayer, InPlace, LateKeys, Parallel, SharedCache, Tapped
 
 
 class Deep(Decoder):

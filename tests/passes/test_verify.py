@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fxfuse import Plan
 from fxfuse.errors import OptionError, VerifyError
-from fxfuse.passes import REPORTS, apply_plan, fuse_ffn, merge_gate_up, pack
-from tests.blocks import MLP, WIDTH, Attention, Layer, Stream, SwiGLU, assert_same, ready, trace, vectors
+from fxfuse.packing import expressions as pack
+from fxfuse.passes import REPORTS, apply_plan, fuse_ffn, merge_gate_up
+from tests.models.blocks import MLP, WIDTH, Attention, Layer, Stream, SwiGLU, assert_same, ready, trace, vectors
 
 BODIES = [f"layers.{index}.body" for index in range(4)]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxfuse import Plan
-from fxfuse.graph.branch import Kind
-from fxfuse.recording import BranchRecord, GroupRecord, Recording
+from fxfuse.measure.recording import BranchRecord, GroupRecord, Recording
+from fxfuse.stream.branch import Kind
 
 KINDS: dict[str, Kind] = {"a": "attention", "f": "gated_ffn", "p": "ffn", "m": "moe", "o": "other", "x": "gated_ffn"}
 """``x`` is an FFN that cannot become a part of a wide one."""

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from fxfuse import Plan
 from fxfuse.errors import OptionError
+from fxfuse.measure.recording import Recording
 from fxfuse.planning import block_windows
 from fxfuse.planning.blocks import block_runs
-from fxfuse.recording import Recording
 from tests.planning.recordings import LAYOUTS, recording, recordings
 
 

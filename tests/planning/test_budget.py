@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fxfuse import Plan
 from fxfuse.errors import NotFiniteError, PlanError
+from fxfuse.measure.recording import Recording
 from fxfuse.planning import Decision, Limits, cheapest, plan_of, propose, search
-from fxfuse.recording import Recording
 from tests.planning.recordings import names_of, recording, recordings
 
 FREE = Limits()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fxfuse import Plan
 from fxfuse.errors import OptionError
+from fxfuse.measure.recording import BranchRecord, Recording
 from fxfuse.planning import Limits, propose_groups, runs
 from fxfuse.planning.groups import distance, follow, in_two, promise, width
-from fxfuse.recording import BranchRecord, Recording
 from tests.planning.recordings import LAYOUTS, names_of, recording, recordings
 
 

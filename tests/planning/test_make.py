@@ -9,10 +9,10 @@ import torch
 import fxfuse
 from fxfuse import Plan
 from fxfuse.errors import OptionError, RecordError
+from fxfuse.measure.recording import Recording
 from fxfuse.planning import Choices, decide, make_plan, plan_of
-from fxfuse.recording import Recording
+from tests.models.tiny import llama, planned, tokens
 from tests.planning.recordings import recording
-from tests.tiny import llama, planned, tokens
 
 KL = {"a0": 0.5, "a1": 0.1, "a2": 0.3}
 ATTENTIONS = [f"model.layers.{index}.self_attn" for index in range(3)]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fxfuse import Plan, PlanError, evaluate
+from fxfuse import Plan, PlanError
 from fxfuse.errors import RecordError
+from fxfuse.measure import evaluation as evaluate
+from fxfuse.packing.calls import _PACKS
 from fxfuse.planning import Meter
 from fxfuse.planning.meter import Replay
 from fxfuse.planning.planned import Planned, compiled
-from fxfuse.weights import _PACKS
-from tests.tiny import Counter, llama, planned, tokens
+from tests.models.tiny import Counter, llama, planned, tokens
 
 EDITS = {"drop": ["model.layers.1.self_attn"], "parallel": [["model.layers.0.mlp", "model.layers.1.mlp"]]}
 PLAN = Plan(**EDITS)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fxfuse import Plan
 from fxfuse.errors import OptionError, RecordError
+from fxfuse.measure.recording import Recording
 from fxfuse.planning import attention_scores, cheapest
-from fxfuse.recording import Recording
 from tests.planning.recordings import names_of, recording, recordings
 
 KL = {"a0": 0.5, "a1": 0.1, "a2": 0.3, "a3": 0.2, "f0": 0.0}

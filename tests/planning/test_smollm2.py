@@ -10,10 +10,10 @@ import torch
 
 import fxfuse
 from fxfuse import Plan
-from fxfuse.loading import Loaded
+from fxfuse.data.loading import Loaded
 from fxfuse.planning import Choices, Limits, decide, plan_of, propose_groups
-from tests.test_prune import attentions
-from tests.tiny import planned
+from tests.model.test_pruning import attentions
+from tests.models.tiny import planned
 
 
 def mlps(*layers: int) -> tuple[str, ...]:

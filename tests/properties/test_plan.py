@@ -17,7 +17,7 @@ from torch import Tensor
 import fxfuse
 from fxfuse.errors import PlanError
 from fxfuse.passes import REPORTS, apply_plan
-from fxfuse.passes.kernel import Kernels
+from fxfuse.passes.emit.kernel import Kernels
 from tests.models import (
     ResidualModel,
     as_tuple,

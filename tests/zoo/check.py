@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fxfuse
 from fxfuse.errors import FxfuseError
-from fxfuse.explain import BranchInfo
+from fxfuse.report.explanation import BranchInfo
 from tests.zoo.anatomy import Anatomy, Block, dissect
 from tests.zoo.nets import Entry, Net, by_default
 from tests.zoo.reference import in_parallel, multiplies_its_stream, outputs, silenced
@@ -136,8 +136,8 @@ def _check(net: Net, result: Result) -> None:
     result.fused = {b.name: b.fused or b.reason for b in explained.branches if b.name in members}
     if multiplies_its_stream(net.model, net.inputs, blocks):
         result.unplanned = (
-            "its plan is compared in tests/test_scaled_families.py: its layers multiply the stream, so hooks cannot "
-            "tell what they add"
+            "its plan is compared in tests/integration/test_scaled_families.py: its layers multiply the stream, so "
+            "hooks cannot tell what they add"
         )
         return
     with in_parallel(blocks):

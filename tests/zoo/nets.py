@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.zoo import handmade
+from tests.models import handmade
 from tests.zoo.configs import HEADS, LAYERS, VOCABULARY, WIDTH, tiny
 
 GIVEN: Mapping[str, Mapping[str, Any]] = {

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxfuse.kernels import down, reference
+from fxfuse.hardware.configs import COUNTERS, Config, Row
+from fxfuse.kernels import down
 from fxfuse.kernels.calls import Down
-from fxfuse.kernels.configs import COUNTERS, Config, Row
+from tests.kernels import reference
 from tests.kernels.cases import DTYPES, assert_as_exact, judged, product_scale, rows
 from tests.kernels.interpreted.faithful import shuffled
 

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxfuse.kernels import gate_up, reference
+from fxfuse.hardware.configs import COUNTERS, GROUP, Config, Row
+from fxfuse.kernels import gate_up
 from fxfuse.kernels.calls import ACTIVATIONS, GateUp
-from fxfuse.kernels.configs import COUNTERS, GROUP, Config, Row
+from tests.kernels import reference
 from tests.kernels.cases import (
     DTYPES,
     Case,

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxfuse.errors import KernelError
-from fxfuse.kernels import pack, reference
+from fxfuse.hardware.gpus import GPUS, Gpu, find
 from fxfuse.kernels.calls import ACTIVATIONS, Down, GateUp
-from fxfuse.kernels.gpus import GPUS, Gpu, find
 from fxfuse.kernels.launch import FAR, Work, _matrix, down_work, gate_up_work, wide_work
+from tests.kernels import packing as pack
+from tests.kernels import reference
 from tests.kernels.cases import (
     DTYPES,
     Case,

@@ -1,0 +1,130 @@
+"""Apply: the planned model in place of the model, for whoever calls it: ``generate``, Trainer, lm-eval."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import trace_rules
+
+from fxfuse.backend.frontend import own_code
+from fxfuse.backend.options import Compiler, Options
+from fxfuse.model.force import Watch, watch_of, without_watches
+from fxfuse.model.pruning import prune_until
+from fxfuse.plan import Plan
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan | str | os.PathLike[str],
+    inner: str | Compiler = "inductor",
+    example: Mapping[str, object] | tuple[object, ...] | Tensor | None = None,
+    **options: object,
+) -> nn.Module:
+    """Let ``model`` compute what ``plan`` says from now on, in place: prune it, then ``model.compile``.
+
+    A ``copy.deepcopy`` of it follows the plan as well. What was pickled (``torch.save(model)``) does not, as nothing
+    compiled can be pickled: apply the plan again to what was loaded. Groups hold where the model itself is called; what
+    would run its code without them (``torch.export``, a call of a part of it) raises :class:`PlanError`.
+
+    Args:
+        model: any module; its class, its ``state_dict`` keys and its methods stay.
+        plan: the plan, or the path of one.
+        inner: the compiler of the rewritten graphs; "eager" runs the planned model uncompiled.
+        example: the arguments of one call, from which pruning learns what the dropped modules return; a Hugging Face
+            model needs none, and a plan that drops nothing neither.
+        options: other options of the backend, see :class:`fxfuse.backend.options.Options`.
+
+    Raises:
+        PlanError, OptionError: the plan or an option is not valid, or a dropped module is no branch.
+        PruneError: a dropped branch cannot leave the model. After any of these the model is as it was.
+    """
+    given: dict[str, object] = {"plan": plan, "inner": inner, **options}
+    chosen = Options.parse(given)
+    given["plan"], edits = chosen.plan, chosen.edits  # a file that changes later must not part pruning from compiling
+    leaving = Plan(drop=tuple(name for name in edits.drop if not name.startswith("@")))
+    with ExitStack() as undo:
+        if isinstance(example, Mapping):
+            prune_until(undo, model, leaving, (), example)
+        elif isinstance(example, tuple):
+            prune_until(undo, model, leaving, example, {})
+        else:
+            prune_until(undo, model, leaving, () if example is None else (example,), {})
+        undo.callback(_put_back, [(module, _state(module)) for module in model.modules()])
+        if (old := watch_of(model)) is not None:
+            old.remove(model)
+        if edits.parallel or len(edits.drop) > len(leaving.drop):
+            Watch(edits).put(model)
+        _compile(model, given, edits)
+        undo.pop_all()
+    return model
+
+
+_State: TypeAlias = tuple[dict[str, object], dict[int, Callable[..., object]]]
+
+_CALLED = ("_compiled_call_impl", "__deepcopy__", "_modules")
+"""The attributes of a module that applying a plan sets."""
+
+
+def _state(module: nn.Module) -> _State:
+    own = vars(module)
+    return {name: own[name] for name in _CALLED if name in own}, dict(module._forward_pre_hooks)
+
+
+def _put_back(states: list[tuple[nn.Module, _State]]) -> None:
+    """Let modules be called and copied as before."""
+    for module, (own, hooks) in states:
+        for name in _CALLED:
+            vars(module).pop(name, None)
+        vars(module).update(own)
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update(hooks)
+
+
+def _compile(model: nn.Module, options: Mapping[str, object], plan: Plan) -> nn.Module:
+    watch = watch_of(model)
+
+    def own() -> Any:  # torch takes the filter out, and hands on what its annotation forbids
+        return {**options} if watch is None else {**options, "guard_filter_fn": without_watches}
+
+    model.compile(backend="ffnfuse", options=own())
+    if trace_rules.check(model.forward):
+        # Dynamo skips what is torch's own, such as nn.Sequential's forward, and would compile each child by itself.
+        call: Callable[..., object] = model._call_impl
+
+        def frame(*args: object, **kwargs: object) -> object:
+            return call(*args, **kwargs)
+
+        model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own())
+    assert model._compiled_call_impl is not None
+    model._compiled_call_impl = (watch or Watch(plan)).over(model._compiled_call_impl, watching=watch is not None)
+    vars(model)["__deepcopy__"] = _Copier(model, options, plan)  # copy asks the object, and not only its class
+    return model
+
+
+class _Copier:
+    """Lets copies of a model follow its plan: ``nn.Module`` leaves behind what was compiled, and says nothing."""
+
+    def __init__(self, model: nn.Module, options: Mapping[str, object], plan: Plan) -> None:
+        self._model, self._options, self._plan = model, options, plan
+        self._compiled = model._compiled_call_impl
+
+    def __call__(self, memo: dict[int, object]) -> nn.Module:
+        own = vars(self._model)
+        del own["__deepcopy__"]
+        try:
+            made = copy.deepcopy(self._model, memo)
+        finally:
+            own["__deepcopy__"] = self
+        if self._model._compiled_call_impl is not self._compiled:
+            return made  # somebody has compiled the model anew, and its copies follow no plan either
+        return _compile(made, self._options, self._plan)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickled, it is None, which copy takes for no wish of the object's own."""
+        return type(None), ()

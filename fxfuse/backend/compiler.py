@@ -1,0 +1,234 @@
+"""The backend ``ffnfuse``: a plan applied, what it made parallel fused, the rest left to another compiler.
+
+``torch.compile(model, backend="ffnfuse", options={"plan": plan})``. torch finds it through the entry point
+``torch_dynamo_backends``; nothing need be imported. Without a plan it is exact.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch._logging._internal import trace_structured
+
+from fxfuse.backend.naming import compiled_root, elsewhere, for_root, guard_modules, names_in, specialise
+from fxfuse.backend.options import Options
+from fxfuse.cpu import with_linear_maps
+from fxfuse.cpu.prepack import prepack
+from fxfuse.errors import FxfuseError, OptionError, PlanError
+from fxfuse.graph.surgery import copy_graph, transaction
+from fxfuse.model.force import told
+from fxfuse.packing.calls import PackedCall
+from fxfuse.packing.recipe import Recipe, extract
+from fxfuse.passes.normalise.simplify import simplify
+from fxfuse.passes.normalise.sizes import fill_in
+from fxfuse.passes.pipeline import FOUND, REPORTS, apply_plan
+from fxfuse.plan import PlanFile
+from fxfuse.stream.branch import Branch
+from fxfuse.stream.diagnosis import REPORT, census
+from fxfuse.stream.finder import find_streams
+
+log = logging.getLogger(__name__)
+
+
+def ffnfuse(
+    gm: fx.GraphModule,
+    example_inputs: list[Tensor],
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Callable[..., object]:
+    """Compile one graph of Dynamo. See :class:`fxfuse.backend.options.Options` for the options.
+
+    Raises:
+        OptionError: an unknown option or a bad value.
+        PlanError: the plan does not fit the model.
+        VerifyError: under the option ``verify``, a fusion that is not what it replaces.
+    """
+    if (options or {}).get("plan") is not None:
+        _never_unplanned()
+    chosen = Options.parse(options or {})
+    _remember(chosen)
+    root = compiled_root()
+    names = names_in(root, gm, example_inputs)
+    plan = for_root(chosen.edits, root)
+    if plan:
+        guard_modules(gm, names)
+    gm = _own_copy(gm)
+    names = names_in(root, gm, example_inputs)
+    with transaction(gm, restore=False):
+        if chosen.plan is None:
+            simplify(gm)
+            _hint(gm, names)
+        specialise(gm)
+        apply_plan(
+            gm,
+            plan,
+            names=names,
+            strict=chosen.strict,
+            share=chosen.weights == "share",
+            merge=chosen.merge_gate_up,
+            kernels=chosen.kernels,
+            elsewhere=elsewhere(root, names),
+            inputs=example_inputs if chosen.verify else None,
+            verify=chosen.verify,
+            max_rewrites=chosen.max_rewrites,
+        )
+        fill_in(gm)
+        if chosen.prepack and not _trains(example_inputs):
+            gm.meta[REPORTS] += (prepack(gm),)
+        recipes = extract(gm)
+    _trace(gm)
+    compiler = _inner(chosen, mode)
+    if not recipes:
+        compiled = compiler(gm, example_inputs)
+    else:
+        compiled = call = PackedCall(recipes, chosen.weights)
+        call.compiled = compiler(gm, [*example_inputs, *_packed_examples(recipes, call, example_inputs)])
+    _forget_inputs(gm)
+    return told(compiled) if plan else compiled
+
+
+def _never_unplanned() -> None:
+    """Past its limit of recompilations, and after an error that it is to suppress, Dynamo runs the original code.
+
+    That is not the planned model, so both become errors, and the limit generous enough for a ``generate`` of mixed
+    lengths (about 8 graphs a model).
+    """
+    config = torch._dynamo.config
+    config.suppress_errors = False
+    config.recompile_limit = max(config.recompile_limit, 64)
+    config.fail_on_recompile_limit_hit = True
+
+
+def _own_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph to rewrite: Dynamo goes on to read the inputs of its own after the backend has returned."""
+    made = fx.GraphModule(gm, copy_graph(gm.graph))
+    made.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(made, name, getattr(gm, name))
+    return made
+
+
+def _forget_inputs(gm: fx.GraphModule) -> None:
+    """Drop the weak references to the inputs that Dynamo's graph has, as Dynamo does with its own.
+
+    ``torch.utils.swap_tensors`` refuses a tensor that something refers to.
+    """
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
+
+
+def _remember(chosen: Options) -> None:
+    """Let torch.compile's wrapper hold options of its own, with the plan that was read and not only its path.
+
+    It compares its options with those of earlier calls to decide whether their graphs serve it too. So a file or a
+    dict that has changed since makes the two differ, and all graphs of one call follow one plan.
+    """
+    wrapper = sys._getframe(2).f_locals.get("self")
+    if isinstance(wrapper, torch._TorchCompileWrapper) and "options" in wrapper.kwargs:
+        own = dict(wrapper.kwargs["options"])
+        if isinstance(chosen.plan, PlanFile):
+            own["plan"] = chosen.plan
+        wrapper.kwargs = {**wrapper.kwargs, "options": own}
+
+
+def _inner(chosen: Options, mode: str | None) -> Callable[[fx.GraphModule, list[Tensor]], Callable[..., object]]:
+    """The compiler of the rewritten graph."""
+    if not isinstance(chosen.inner, str):
+        return chosen.inner
+    if chosen.inner == "inductor":
+        patches = dict(chosen.inner_options)
+        if mode is not None:
+            patches = {**torch._inductor.list_mode_options(mode), **patches}
+        from torch._inductor.compile_fx import compile_fx
+
+        def inductor(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+            own = patches if _trains(inputs) else with_linear_maps(gm, patches)
+            if chosen.prepack:
+                own = {"size_asserts": False, **own}  # prepacked weights have no strides to assert
+            compiled = compile_fx(gm, inputs, config_patches=own or None)
+            assert callable(compiled)
+            return compiled
+
+        return inductor
+    if mode is not None:
+        raise OptionError(f"mode={mode!r} is inductor's; option 'inner' is {chosen.inner!r}")
+    if chosen.inner == "ffnfuse":
+        raise OptionError("option 'inner' cannot be 'ffnfuse' itself")
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
+
+    if chosen.inner not in list_backends(exclude_tags=()):
+        raise OptionError(f"option 'inner': no backend {chosen.inner!r}; there are {', '.join(list_backends())}")
+    return lookup_backend(chosen.inner)
+
+
+def _trains(inputs: Sequence[object]) -> bool:
+    """Whether a graph computes gradients."""
+    return torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs)
+
+
+def _packed_examples(recipes: Sequence[Recipe], call: PackedCall, example_inputs: list[Tensor]) -> list[Tensor]:
+    """The packed tensors as the inner compiler wants to see them: fake, of fixed sizes.
+
+    The real ones wait for the first call: sharing moves the weights, which the compiler has yet to look at.
+
+    Raises:
+        PlanError: weights that the model computes by an op that cannot be run without values.
+    """
+    mode = torch._guards.detect_fake_mode(example_inputs)
+    if mode is None:
+        return list(call.tensors(example_inputs))
+    fakes = []
+    for recipe in recipes:
+        members = [example_inputs[index] for index in recipe.inputs]
+        try:
+            with torch.no_grad(), mode:
+                made = recipe([_fake(member) for member in members])
+                fake = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise PlanError(
+                f"{recipe.what} cannot be packed: the model computes these weights by an op that torch cannot run "
+                f"without their values ({error}); keep their branches out of the plan, or store what is computed"
+            ) from error
+        grad = torch.is_grad_enabled() and any(member.requires_grad for member in members)
+        fakes.append(fake.requires_grad_(grad))
+    return fakes
+
+
+def _fake(member: Tensor) -> Tensor:
+    """Something like ``member``, made under a fake mode: a tensor without values."""
+    return torch.empty_strided(member.shape, member.stride(), dtype=member.dtype, device=member.device)
+
+
+def _hint(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> None:
+    """Without a plan: one line on what one could do here."""
+    try:
+        branches = [branch for stream in find_streams(gm, names) for branch in stream.branches]
+    except FxfuseError:
+        return
+    fusable = [branch for branch in branches if branch.ffn is not None]
+    if len(fusable) > 1:
+        log.warning("no plan, so nothing changes: %s", _possible(branches, fusable))
+    elif not branches and sum((seen := census(gm)).products.values()) > 1:
+        log.warning("no residual stream found, so no plan can change this graph: %s; %s", seen, REPORT)
+
+
+def _possible(branches: list[Branch], fusable: list[Branch]) -> str:
+    attentions = sum(branch.kind == "attention" for branch in branches)
+    return (
+        f"{len(fusable)} FFNs and {attentions} attentions found; a plan that groups FFNs, such as "
+        f'fxfuse.Plan(parallel=[["{fusable[-2].name}", "{fusable[-1].name}"]]), makes each group one wide FFN; '
+        "fxfuse.calibrate(compiled) finds one"
+    )
+
+
+def _trace(gm: fx.GraphModule) -> None:
+    """A page in tlparse, and ``TORCH_LOGS="+fxfuse"``, of what was done."""
+    text = "\n".join([gm.meta[FOUND], *map(str, gm.meta[REPORTS])])
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": "fxfuse_passes", "encoding": "string"}, payload_fn=lambda: text
+    )

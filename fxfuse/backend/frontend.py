@@ -1,0 +1,154 @@
+"""The graphs that torch.compile sees when a model is called, without compiling anything."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from fxfuse.backend.naming import guard_modules, names_in
+from fxfuse.errors import CaptureError
+from fxfuse.graph.surgery import copy_graph
+from fxfuse.model.force import uncompiled
+from fxfuse.model.pruning import APART
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What went wrong: Dynamo wraps it, and says less with each wrapping."""
+    while isinstance(error, TorchDynamoException) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return error
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph of a model.
+
+    Attributes:
+        gm: the graph; the caller's own to rewrite.
+        inputs: what it was called with, weights included, in the order of its placeholders.
+        names: the dotted names of its weights, by placeholder.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[Tensor, ...]
+    names: dict[fx.Node, str]
+
+
+def compiled_apart(
+    model: nn.Module, backend: Callable[[fx.GraphModule, list[Tensor]], Callable[..., object]], dynamic: bool | None
+) -> Callable[..., object]:
+    """``model`` as ``backend`` compiles it, with no effect on other compilations of the model, nor from them."""
+    return _Apart(model, backend, dynamic)
+
+
+class _Apart:
+    """Owns what was compiled. Dynamo keeps backends and what they return for good, so it gets weak references to them.
+
+    Else a model that was looked at once would never be freed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: Callable[[fx.GraphModule, list[Tensor]], Callable[..., object]],
+        dynamic: bool | None,
+    ) -> None:
+        self._backend = backend
+        self._made: list[Callable[..., object]] = []
+        owner = weakref.ref(self)
+
+        def lent(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+            own = owner()
+            assert own is not None  # it is being called
+            made = own._backend(gm, inputs)
+            own._made.append(made)
+            return _lend(weakref.ref(made))
+
+        def call(*args: object, **kwargs: object) -> object:
+            return model(*args, **kwargs)
+
+        # A code object of its own goes away with the function.
+        self._compiled: Callable[..., object] = torch.compile(own_code(call), backend=lent, dynamic=dynamic, **APART)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self._compiled(*args, **kwargs)
+
+
+def _lend(made: weakref.ref[Callable[..., object]]) -> Callable[..., object]:
+    def run(*args: object) -> object:
+        own = made()
+        assert own is not None  # its owner is being called
+        return own(*args)
+
+    return run
+
+
+def own_code(function: Callable[..., object]) -> Callable[..., object]:
+    """A copy of a Python function with a code object of its own: Dynamo keeps what it compiled with that."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
+def capture(model: nn.Module, *args: object, **kwargs: object) -> tuple[Captured, ...]:
+    """Call ``model(*args, **kwargs)`` once, without gradients, and return the graphs that Dynamo makes of it.
+
+    The model itself stays as it is, compiled or not. One graph is the rule; graph breaks give several.
+
+    Raises:
+        CaptureError: the call fails, or nothing in it could be traced.
+    """
+    found: list[Captured] = []
+
+    def keep(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        own = fx.GraphModule(gm, copy_graph(gm.graph))
+        own.meta = dict(gm.meta)
+        names = names_in(model, own, inputs)
+        guard_modules(own, names)
+        found.append(Captured(own, tuple(inputs), names))
+        return gm.forward
+
+    with torch.no_grad(), uncompiled(model):
+        try:
+            compiled_apart(model, keep, dynamic=False)(*args, **kwargs)
+        except Exception as error:
+            reason = innermost(error)
+            first = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
+            raise CaptureError(f"the model could not be called and traced: {type(reason).__name__}: {first}") from error
+    if not found:
+        raise CaptureError(
+            "calling the model gave no graph: torch.compile is disabled (TORCH_COMPILE_DISABLE, or "
+            "torch.compiler.disable on its forward), or the call computes nothing"
+        )
+    return tuple(found)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second handle of ``model``: the same submodules and weights, not compiled, and compiled by itself.
+
+    Dynamo keeps its graphs with the code of the function that it compiled, here one of the handle's own.
+    """
+    made: nn.Module = object.__new__(type(model))
+    vars(made).update(vars(model) | {"_compiled_call_impl": None})
+    forward = made.forward
+
+    def call(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return forward(*args, **kwargs)
+
+    fresh = types.FunctionType(call.__code__.replace(), dict(call.__globals__), "forward", None, call.__closure__)
+    vars(made)["forward"] = types.MethodType(fresh, made)
+    return made
+
+
+def forget(handle: nn.Module) -> None:
+    """Let go of all that was compiled for a :func:`twin`: Dynamo holds it in the globals of the handle's function."""
+    method = vars(handle)["forward"]
+    assert isinstance(method, types.MethodType)
+    names = method.__func__.__globals__
+    names.update(dict.fromkeys(names))  # the names stay: Dynamo deletes its own when it comes to it

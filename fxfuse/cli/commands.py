@@ -1,0 +1,9 @@
+"""All commands of ``fxfuse``.
+
+torch takes seconds to import, so the functions import what they use: ``fxfuse --help`` answers at once.
+"""
+
+from fxfuse.cli import kernels, look, measure
+from fxfuse.cli.shared import app
+
+__all__ = ["app", "kernels", "look", "measure"]

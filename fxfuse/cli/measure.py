@@ -1,0 +1,206 @@
+"""``fxfuse record``, ``plan``, ``eval`` and ``demo``: from a model to a plan that was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fxfuse.cli.shared import (
+    Batch,
+    CastTo,
+    Json,
+    LanguageModel,
+    PlanFile,
+    app,
+    load_with_tokenizer,
+    read_plan,
+    writable,
+    writable_folder,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fxfuse.data.loading import Loaded
+    from fxfuse.data.text import Use
+
+Text = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="a text, UTF-8; by default Python's own documentation")
+]
+Sequence = Annotated[int, typer.Option("--length", min=2, help="tokens in a sequence")]
+Tokens = Annotated[int, typer.Option(min=1, help="tokens in all")]
+
+
+@app.command()
+def record(
+    model: LanguageModel,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE")] = Path("recording.safetensors"),
+    plan: PlanFile = None,
+    text: Text = None,
+    length: Sequence = 256,
+    tokens: Tokens = 2048,
+    batch: Batch = 1,
+    dtype: CastTo = None,
+    max_group: Annotated[int, typer.Option(min=0, help="longest run of consecutive FFNs measured as a group")] = 4,
+    json: Json = False,
+) -> None:
+    """Measure which branches depend on which, by dropping each on a text.
+
+    m branches cost about m / 2 runs of the model over the text. An interrupted recording goes on where it was: the
+    state lies beside the output, as FILE.partial, until that is written.
+
+    [bold]Examples[/bold]
+      fxfuse record smollm2
+      fxfuse record ./my-llama --text corpus.txt --tokens 16384 -o my.safetensors
+      fxfuse record ./my-llama --plan drops.json -o dropped.safetensors
+    """
+    import fxfuse
+
+    writable(output, plan, text, Path(model))
+    partial = output.with_name(f"{output.name}.partial")
+    writable(partial, plan, text, Path(model))
+    chosen, loaded = read_plan(plan), load_with_tokenizer(model, dtype)
+    recording = fxfuse.record(
+        loaded.model,
+        _batches(loaded, text, "record", length, tokens, batch or 1),
+        chosen,
+        max_tokens=tokens,
+        max_group=max_group,
+        resume=partial,
+        progress=not json,
+    )
+    recording.save(output)
+    partial.unlink(missing_ok=True)
+    typer.echo(recording.to_json() if json else f"{recording}\nwritten to {output}")
+
+
+@app.command()
+def plan(
+    recording: Annotated[Path, typer.Argument(metavar="RECORDING", help="what fxfuse record wrote")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE")] = Path("plan.json"),
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="the recorded model, with its tokenizer: measure on it"),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0.0, help="nats per token that the plan may cost; with --model, 0.05 by default")
+    ] = None,
+    drop: Annotated[int | None, typer.Option(min=0, help="attentions to drop; with --model, at the most")] = None,
+    score: Annotated[str, typer.Option(help="what makes an attention cheap: kl, cosine or norm_ratio")] = "kl",
+    max_distance: Annotated[float | None, typer.Option(min=0.0, help="largest distance of FFNs in a group")] = None,
+    max_width: Annotated[int | None, typer.Option(min=1, help="most hidden units of a wide FFN")] = None,
+    keep_last: Annotated[bool, typer.Option("--keep-last", help="leave the last FFN of each run alone")] = False,
+    text: Text = None,
+    length: Sequence = 256,
+    tokens: Tokens = 2048,
+    dtype: CastTo = None,
+    json: Json = False,
+) -> None:
+    """Choose what to drop and what to fuse, from a recording.
+
+    With --model each edit is measured on it, and kept while the planned
+    model's next-token distribution stays within --max-kl of the original's.
+    Without, the plan is what the recording proposes: a lead, not a result.
+
+    [bold]Examples[/bold]
+      fxfuse plan recording.safetensors --model smollm2 --max-kl 0.05
+      fxfuse plan recording.safetensors --drop 4 --max-distance 0.1
+    """
+    from fxfuse.measure.recording import Recording
+    from fxfuse.planning import Choices, Limits, decide, plan_of
+
+    writable(output, recording, text, None if model is None else Path(model))
+    recorded = Recording.load(recording)
+    choices = Choices(
+        drop=drop,
+        score=score,  # type: ignore[arg-type]  # checked where it is used
+        limits=Limits(max_distance=max_distance, max_width=max_width, keep_last=keep_last),
+        max_kl=0.05 if model is not None and max_kl is None else max_kl,
+    )
+    if model is None:
+        decisions = decide(recorded, choices)
+    else:
+        loaded = load_with_tokenizer(model, dtype)
+        batches = list(_batches(loaded, text, "plan", length, tokens, 1))
+        decisions = decide(recorded, choices, loaded.model, batches, progress=not json)
+    made = plan_of(recorded, decisions)
+    made.save(output)
+    if json:
+        typer.echo(made.model_dump_json(indent=2))
+        return
+    for decision in decisions:
+        typer.echo(decision)
+    typer.echo(f"{len(made.drop)} dropped, {len(made.parallel)} groups, written to {output}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: LanguageModel,
+    plan: PlanFile = None,
+    text: Text = None,
+    length: Sequence = 256,
+    tokens: Tokens = 8192,
+    batch: Batch = 1,
+    dtype: CastTo = None,
+    json: Json = False,
+) -> None:
+    """Perplexity of a model on a text; with a plan, of the planned model, and how far it is from the original.
+
+    [bold]Examples[/bold]
+      fxfuse eval smollm2
+      fxfuse eval smollm2 --plan plan.json --text corpus.txt --tokens 20000
+    """
+    import copy
+
+    import fxfuse
+
+    chosen, loaded = read_plan(plan), load_with_tokenizer(model, dtype)
+    planned, reference = loaded.model, None
+    if chosen is not None:
+        planned, reference = fxfuse.apply(copy.deepcopy(loaded.model), chosen, inner="eager"), loaded.model
+    batches = _batches(loaded, text, "hold out", length, tokens, batch or 1)
+    metrics = fxfuse.evaluate(planned, batches, reference, max_tokens=tokens, progress=not json)
+    typer.echo(metrics.to_json() if json else str(metrics))
+
+
+@app.command()
+def demo(
+    model: LanguageModel = "smollm2",
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="where the files go")] = Path("demo"),
+    max_kl: Annotated[float, typer.Option(min=0.0, help="nats per token that the plan may cost")] = 0.1,
+    dtype: CastTo = None,
+    json: Json = False,
+) -> None:
+    """Record, plan, evaluate and time a model, and show what came of it: about ten minutes on two cores.
+
+    Writes recording.safetensors, plan.json and heatmap.png. The text is the
+    documentation that comes with Python, parted between recording, planning
+    and evaluation. A recording in the folder is used again.
+
+    The exit code is 1 if the latencies are void: two compilations of the
+    original differed by more than 1.5%.
+    """
+    from rich.console import Console
+
+    from fxfuse.cli.demo import Sizes, run
+
+    writable_folder(output, "recording.safetensors", "plan.json", "heatmap.png")
+    loaded = load_with_tokenizer(model, dtype)
+    result = run(loaded, output, max_kl, Sizes(), Console(stderr=json))
+    if json:
+        typer.echo(result.to_json())
+    if result.void:
+        typer.echo(
+            "fxfuse: the latencies are void: two copies of one program differ; try on a quieter machine", err=True
+        )
+        raise typer.Exit(1)
+
+
+def _batches(
+    loaded: Loaded, text: Path | None, use: Use, length: int, tokens: int, batch: int
+) -> Iterator[dict[str, object]]:
+    from fxfuse.data.text import batches_of, python_documentation, read_text
+
+    return batches_of(loaded, python_documentation(use) if text is None else read_text(text), length, tokens, batch)

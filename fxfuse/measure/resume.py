@@ -1,0 +1,117 @@
+"""The state of a recording between two batches, as a file, so that an interruption loses one batch at most."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fxfuse._common.files import check_writable, write_atomically
+from fxfuse.errors import RecordError
+from fxfuse.measure.recording import BranchRecord
+from fxfuse.measure.statistics import Tally
+
+if TYPE_CHECKING:
+    from fxfuse.measure.recorder import Recorder
+
+FORMAT = "fxfuse-recording-state-1"
+
+
+class State:
+    """What ``path`` holds of the recording of a model, made under certain settings.
+
+    Raises:
+        RecordError: the file is damaged, or the state of another recording.
+        FxfuseError: it could not be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], model: Mapping[str, str], settings: Mapping[str, str]) -> None:
+        check_writable(path)
+        self.path = Path(path)
+        self._of = {"model": dict(model), "settings": dict(settings)}
+        self._batches: list[str] = []
+        self._counts: list[int] = []  # tokens in each
+
+    def load_into(self, recorder: Recorder, max_tokens: int | None) -> None:
+        """Let ``recorder`` go on where the file says, if there is one, and if it says no more than is asked for."""
+        if not self.path.exists():
+            return
+        again = "remove it to record from the start, or give another file"
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            if FORMAT not in metadata:
+                raise RecordError(f"{str(self.path)!r} is no state of a recording: give another file")
+            header = json.loads(metadata[FORMAT])
+            for what, own in self._of.items():
+                if header[what] != own:
+                    raise RecordError(f"{str(self.path)!r} is the state of a recording with another {what}: {again}")
+            self._batches, self._counts = header["batches"], header["counts"]
+            recorder.tokens, recorder.batches = sum(self._counts), len(self._batches)
+            recorder.places = tuple(BranchRecord(**branch) for branch in header["branches"])
+            recorder.windows = [tuple(names) for names in header["windows"]]
+            for name in sorted({key.partition(".")[0] for key in tensors}):
+                tally = recorder.tallies[name] = Tally(0)
+                tally.restore({key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{name}.")})
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"the state {str(self.path)!r} cannot be read ({error}): {again}") from error
+        if max_tokens is not None and sum(self._counts[:-1]) >= max_tokens:
+            raise RecordError(
+                f"{str(self.path)!r} is the state of another run: it has recorded {recorder.tokens} tokens, more than "
+                f"max_tokens={max_tokens}: {again}"
+            )
+
+    def check(self, number: int, batch: Mapping[str, object]) -> None:
+        """See that a batch that is passed over is the one that was recorded."""
+        if self._batches[number] != digest_batch(batch):
+            raise RecordError(
+                f"batch {number} is not the one that {str(self.path)!r} has recorded: give the same batches in the "
+                "same order, or remove the file"
+            )
+
+    def check_all(self, number: int) -> None:
+        """See that the ``number`` batches that there were are not fewer than were recorded."""
+        if number < len(self._batches):
+            raise RecordError(
+                f"{str(self.path)!r} is the state of another run: it has recorded {len(self._batches)} batches, of "
+                f"which only {number} were given: give the same batches, or remove the file"
+            )
+
+    def save(self, recorder: Recorder, digest: str) -> None:
+        """Write the state after one more batch."""
+        self._batches.append(digest)
+        self._counts.append(recorder.tokens - sum(self._counts))
+        header = {
+            **self._of,
+            "batches": self._batches,
+            "counts": self._counts,
+            "branches": [asdict(branch) for branch in recorder.places],
+            "windows": recorder.windows,
+        }
+        tensors = {f"{n}.{key}": t for n, tally in recorder.tallies.items() for key, t in tally.state().items()}
+        write_atomically(self.path, save(tensors, {FORMAT: json.dumps(header)}))
+
+
+def digest_batch(batch: Mapping[str, object]) -> str:
+    """What tells one batch from another: names, shapes and values."""
+    digest = hashlib.sha256()
+    for key in sorted(batch):
+        digest.update(key.encode())
+        for leaf in tree_leaves(batch[key]):
+            if isinstance(leaf, Tensor):
+                digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+                digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(leaf).encode())
+    return digest.hexdigest()

@@ -1,0 +1,186 @@
+"""Packed weights that are never stale.
+
+A graph that was rewritten has an input for each of its packed weights, with a recipe (:mod:`fxfuse.packing.recipe`).
+The tensor behind that input is computed here, once, and anew when a weight changes. Packs belong to parameters, not to
+graphs: prefill, decode and recompilations share one, and a graph that serves many layers (``layer.compile()``) has one
+for each.
+
+A change shows in the next call as another object, another address or another version. Addresses are safe to compare
+because each pack holds on to the memory it was made from, so that nothing else can come to lie there. Writes through
+``p.data``, numpy and inference tensors change none of the three, and show in samples of the values
+(:mod:`fxfuse.packing.fingerprint`). Single values can escape those: so, now and then, a part of a pack is compared as a
+whole with what it should be (:class:`fxfuse.packing.packs.Audit`).
+
+No weak reference points to a parameter: ``torch.utils.swap_tensors`` would refuse it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fxfuse.packing.fingerprint import Watch, watches
+from fxfuse.packing.packs import Audit, Mode, Pack, Stamp, plain_tensors, stamp
+from fxfuse.packing.recipe import Recipe
+
+AUDIT_SHARE = 0.0005
+"""The share of the time that goes into comparing whole parts of packs."""
+
+
+def _life(member: Tensor) -> set[None]:
+    """An object that dies with ``member``, and can be watched by a weak reference where the tensor itself must not."""
+    life: set[None] = member.__dict__.setdefault("_fxfuse_life", set())
+    return life
+
+
+class _Split(torch.autograd.Function):
+    """The packed tensor as a function of its members: nothing to compute forwards, slices of the gradient backwards."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, pack: Pack, *members: Tensor) -> Tensor:
+        ctx.pack = pack  # type: ignore[attr-defined]  # autograd's convention
+        ctx.save_for_backward(*members)
+        return pack.tensor.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        members = ctx.saved_tensors  # type: ignore[attr-defined]  # autograd's convention
+        pack: Pack = ctx.pack  # type: ignore[attr-defined]
+        return None, *pack.gradients(members, gradient, ctx.needs_input_grad[1:])  # type: ignore[attr-defined]
+
+
+_PACKS: weakref.WeakValueDictionary[Hashable, Pack] = weakref.WeakValueDictionary()
+
+
+def _pack(recipe: Recipe, members: Sequence[Tensor], mode: Mode) -> Pack:
+    """The one pack of these members by this recipe; made if no graph has it yet."""
+    kinds = tuple((id(m), m.dtype, m.device, tuple(m.shape), m.stride()) for m in members)
+    key = (recipe.key, kinds, mode)
+    found = _PACKS.get(key)
+    if found is None:
+        found = _PACKS[key] = Pack(recipe, members, mode)
+    else:
+        found.sync(members)
+    return found
+
+
+def refresh(model: nn.Module) -> int:
+    """Let the next call pack every weight of ``model`` anew, whatever changed; how many packs it has.
+
+    Only a write that leaves no trace and changes a few values of a large weight can need this: it is noticed by itself,
+    but not at once.
+    """
+    own = {id(weight) for weight in [*model.parameters(), *model.buffers()]}
+    found = [pack for pack in list(_PACKS.values()) if not pack.ids.isdisjoint(own)]
+    for pack in found:
+        pack.expire()
+    return len(found)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Let the versions of packed weights tell of a step: fused optimizers write them and leave their versions alone."""
+    packed = {identity for pack in list(_PACKS.values()) for identity in pack.ids}
+    stepped = [weight for group in optimizer.param_groups for weight in group["params"] if id(weight) in packed]
+    torch.autograd.graph.increment_version(stepped)
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@dataclass(eq=False)
+class _Bound:
+    """The packs of one set of weights, and the stamp under which they are true."""
+
+    packs: tuple[Pack, ...]
+    tensors: tuple[Tensor, ...]
+    stamp: Stamp | None
+    watches: tuple[Watch, ...]
+    audit: Audit
+    alive: tuple[weakref.ref[set[None]], ...]  # their callbacks forget this binding when a member dies
+
+    def holds(self, members: Sequence[Tensor], share: float) -> bool:
+        """Whether the members' values are those that were packed, as far as can be seen in passing."""
+        for watch in self.watches:
+            if not watch.same():
+                return False
+        if self.audit.passes(members, share):
+            return True
+        for pack in self.packs:  # what escaped once may have escaped elsewhere
+            pack.expire()
+        return False
+
+
+def _watches(packs: Sequence[Pack], before: _Bound | None) -> tuple[Watch, ...]:
+    """Watches over all members; those from before, if they watch the same memory."""
+    by_member = {member: each for pack in packs for member, each in pack.fingerprints.items()}
+    if before is not None and {f for watch in before.watches for f in watch.fingerprints} == {*by_member.values()}:
+        for watch in before.watches:
+            watch.take()
+        return before.watches
+    return watches(by_member.values())
+
+
+class PackedCall:
+    """A compiled graph together with the packs that its last inputs stand for: call it as Dynamo calls the graph.
+
+    One call checks the identity, address and version of every member, and looks at samples of their values.
+    """
+
+    def __init__(self, recipes: Sequence[Recipe], mode: Mode) -> None:
+        self._recipes, self._mode = tuple(recipes), mode
+        self._inputs = tuple(dict.fromkeys(index for recipe in recipes for index in recipe.inputs))
+        self._places = [tuple(map(self._inputs.index, recipe.inputs)) for recipe in recipes]
+        take = itemgetter(*self._inputs)
+        self._take: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = (
+            take if len(self._inputs) > 1 else lambda args: (take(args),)
+        )
+        self._bounds: dict[tuple[int, ...], _Bound] = {}
+        self.compiled: Callable[..., object] | None = None
+
+    def tensors(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The packed tensors for these inputs of the graph, true to them and joined to them for autograd."""
+        members = self._take(args)
+        identity = tuple(map(id, members))
+        bound = self._bounds.get(identity)
+        if bound is None or bound.stamp != stamp(members) or not bound.holds(members, AUDIT_SHARE / len(self._bounds)):
+            bound = self._bounds[identity] = self._bind(identity, members)
+        if torch.is_grad_enabled():
+            return tuple(
+                self._with_gradient(pack, [members[place] for place in places])
+                for pack, places in zip(bound.packs, self._places, strict=True)
+            )
+        return bound.tensors
+
+    @staticmethod
+    def _with_gradient(pack: Pack, members: Sequence[Tensor]) -> Tensor:
+        if not any(member.requires_grad for member in members):
+            return pack.tensor
+        joined = _Split.apply(pack, *members)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        assert isinstance(joined, Tensor)
+        return joined
+
+    def _bind(self, identity: tuple[int, ...], members: tuple[Tensor, ...]) -> _Bound:
+        packs = tuple(
+            _pack(recipe, [members[place] for place in places], self._mode)
+            for recipe, places in zip(self._recipes, self._places, strict=True)
+        )
+        with plain_tensors(members[0].device):
+            looks = _watches(packs, self._bounds.get(identity))
+        bounds = self._bounds
+        alive = tuple(weakref.ref(_life(member), lambda _: bounds.pop(identity, None)) for member in members)
+        tensors = tuple(pack.tensor for pack in packs)
+        bound = _Bound(packs, tensors, stamp(members), looks, Audit(packs, self._places), alive)
+        for pack in packs:
+            pack.serve(bound)
+        return bound
+
+    def __call__(self, *args: Tensor) -> object:
+        assert self.compiled is not None
+        return self.compiled(*args, *self.tensors(args))

@@ -1,0 +1,216 @@
+"""One packed tensor: made from weights, shared with them, taken apart into their gradients, and compared with them.
+
+What changes in a weight shows in its address or its version, in samples of its values, or when a whole part of a pack
+is compared with what it should be.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from fxfuse.errors import OptionError
+from fxfuse.packing.fingerprint import Fingerprint, bits, capturing
+from fxfuse.packing.recipe import Part, Recipe
+
+Mode: TypeAlias = Literal["copy", "share"]
+
+Stamp: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+_clock = time.perf_counter
+_FIRST_AUDIT = 1.0  # seconds after packs were put to use
+_address = Tensor.data_ptr
+_version: Callable[[Tensor], int] = attrgetter("_version")
+
+
+def stamp(members: Sequence[Tensor]) -> Stamp:
+    """What changes when a member does: addresses and versions. Inference tensors have no version."""
+    try:
+        return tuple(map(_address, members)), tuple(map(_version, members))
+    except RuntimeError:
+        return tuple(map(_address, members)), tuple(map(_version_if_any, members))
+
+
+def _version_if_any(member: Tensor) -> int:
+    try:
+        return _version(member)
+    except RuntimeError:
+        return -1  # is_inference() does not tell: it is False once .data was set to an ordinary tensor
+
+
+class Bound(Protocol):
+    """Whoever uses packs, as long as its stamp is that of their members."""
+
+    stamp: Stamp | None
+
+
+@contextmanager
+def plain_tensors(device: torch.device) -> Iterator[None]:
+    """Packs outlive the call that makes them: they are ordinary tensors, without gradients, in their own dtype."""
+    known = torch.amp.is_autocast_available(device.type)
+    autocast = torch.autocast(device.type, enabled=False) if known else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
+
+
+class Pack:
+    """A packed tensor and the weights that it is made of.
+
+    Attributes:
+        tensor: the packed values; always the same memory, as long as the members keep their dtypes and devices. Under
+            ``"share"`` it moves when a member leaves it.
+        ids: the identities of the members.
+        fingerprints: of the members whose values it holds once more, by their identities.
+    """
+
+    def __init__(self, recipe: Recipe, members: Sequence[Tensor], mode: Mode) -> None:
+        self.recipe, self.mode = recipe, mode
+        self.ids = frozenset(map(id, members))
+        self.fingerprints: dict[int, Fingerprint] = {}
+        self._bounds: weakref.WeakSet[Bound] = weakref.WeakSet()
+        self._device = members[0].device
+        self._make(members)
+
+    def _make(self, members: Sequence[Tensor]) -> None:
+        with plain_tensors(self._device):
+            made = [part.compute(members).detach() for part in self.recipe.parts]
+            sizes = [part.shape[self.recipe.dim] if part.dim() else 1 for part in made]
+            self.tensor = self.recipe.join(made)
+            one = len(made) == 1
+            self._regions = (self.tensor,) if one else torch.split(self.tensor, sizes, self.recipe.dim)
+        torch._dynamo.mark_static_address(self.tensor)
+        self._settle(members)
+
+    def sync(self, members: Sequence[Tensor]) -> None:
+        """Take over what changed in the members since the last time."""
+        if self._stamped != stamp(members):
+            self._repack(members)
+        elif not all(fingerprint.same() for fingerprint in self.fingerprints.values()):
+            with _unsafe_preserve_version_counter(self.tensor):  # those of the members stayed as well
+                self._repack(members)
+
+    def expire(self) -> None:
+        """Let the next call pack anew."""
+        self._stamped: Stamp | None = None
+        for bound in self._bounds:
+            bound.stamp = None
+
+    def right(self, index: int, members: Sequence[Tensor]) -> bool:
+        """Whether one part is, to the bit, what it would be now."""
+        part, region = self.recipe.parts[index], self._regions[index]
+        if self._shares(part, region, members):
+            return True
+        with plain_tensors(self._device):
+            made = part.compute(members)
+            made, region = (each.to_dense() if each.is_mkldnn else each for each in (made, region))
+            return torch.equal(bits(made), bits(region))
+
+    def serve(self, bound: Bound) -> None:
+        """Let ``bound`` look at the members again whenever this pack changes."""
+        self._bounds.add(bound)
+
+    def _repack(self, members: Sequence[Tensor]) -> None:
+        """Compute the packed values anew, in place where nobody else may hold that memory."""
+        stale = [
+            (part, region)
+            for part, region in zip(self.recipe.parts, self._regions, strict=True)
+            if not self._shares(part, region, members)
+        ]
+        if self.mode == "share" and any(part.member is not None for part, _ in stale):
+            self._make(members)
+            return
+        with plain_tensors(self._device):
+            for part, region in stale:
+                region.copy_(part.compute(members))
+        self._settle(members)
+
+    def _shares(self, part: Part, region: Tensor, members: Sequence[Tensor]) -> bool:
+        return part.member is not None and members[part.member].data_ptr() == region.data_ptr() and self.mode == "share"
+
+    def _settle(self, members: Sequence[Tensor]) -> None:
+        if self.mode == "share":
+            for part, region in zip(self.recipe.parts, self._regions, strict=True):
+                if part.member is not None and not self._shares(part, region, members):
+                    if members[part.member].is_inference():
+                        raise OptionError(
+                            "weights='share' cannot take the memory of weights that were made in inference_mode: "
+                            "load the model outside of it, or use weights='copy'"
+                        )
+                    members[part.member].data = region
+        self.expire()
+        self._stamped = stamp(members)
+        self._memory = [member.detach() for member in members]  # so that no other tensor can come to lie there
+        self._look(members)
+
+    def _look(self, members: Sequence[Tensor]) -> None:
+        """Take the fingerprints of the members that were copied."""
+        copied = {
+            place
+            for part, region in zip(self.recipe.parts, self._regions, strict=True)
+            if not self._shares(part, region, members)
+            for place in part.uses
+        }
+        before, self.fingerprints = self.fingerprints, {}
+        with plain_tensors(self._device):
+            for member in [members[place] for place in sorted(copied)]:
+                known = before.get(id(member))
+                if known is not None and known.address == member.data_ptr():
+                    known.take()
+                else:
+                    known = Fingerprint(member)
+                self.fingerprints[id(member)] = known
+
+    def gradients(self, members: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+        """The gradient of the packed tensor, taken apart into those of the members that need one."""
+        found: list[Tensor | None] = [None] * len(members)
+        sizes = [region.shape[self.recipe.dim] for region in self._regions] if gradient.dim() else [1]
+        for part, own in zip(self.recipe.parts, torch.split(gradient, sizes, self.recipe.dim), strict=True):
+            if part.member is not None:
+                found[part.member] = _plus(found[part.member], own) if needed[part.member] else None
+                continue
+            with torch.enable_grad():
+                leaves = [member.detach().requires_grad_(need) for member, need in zip(members, needed, strict=True)]
+                value = part.compute(leaves)
+            if not value.requires_grad:
+                continue
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            for leaf, grad in zip(wanted, torch.autograd.grad(value, wanted, own, allow_unused=True), strict=True):
+                index = next(i for i, each in enumerate(leaves) if each is leaf)
+                if grad is not None:
+                    found[index] = _plus(found[index], grad)
+        return found
+
+
+def _plus(sum_: Tensor | None, more: Tensor) -> Tensor:
+    return more if sum_ is None else sum_ + more
+
+
+class Audit:
+    """Compares whole parts of packs with what they should be, one now and then, for a small share of the time."""
+
+    def __init__(self, packs: Sequence[Pack], places: Sequence[Sequence[int]]) -> None:
+        self._parts = [
+            (pack, index, own)
+            for pack, own in zip(packs, places, strict=True)
+            for index in range(len(pack.recipe.parts))
+        ]
+        self._turn = 0
+        self._due = _clock() + _FIRST_AUDIT
+
+    def passes(self, members: Sequence[Tensor], share: float) -> bool:
+        """Whether the part whose turn it is, if the time has come, is right."""
+        start = _clock()
+        if start < self._due or capturing(members[0].device):
+            return True
+        pack, index, places = self._parts[self._turn % len(self._parts)]
+        right = pack.right(index, [members[place] for place in places])
+        self._turn += 1
+        self._due = start + (_clock() - start) / share
+        return right

@@ -1,0 +1,164 @@
+"""When parallel FFNs are one wide FFN: the same input but for gains, the same activation, the same dtypes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxfuse.ffn.affine import NORMS
+from fxfuse.ffn.anatomy import FFN, Normed, Projection
+from fxfuse.graph.ops import op
+from fxfuse.graph.value_numbering import Numbering
+from fxfuse.graph.values import dtype, value
+from fxfuse.passes.unlike import unlike
+from fxfuse.stream.branch import Branch
+
+NO_OTHER = "no other FFN of a form that can be made wide is added to the stream at the same place"
+
+TRANSPARENT = frozenset("view flatten unflatten squeeze unsqueeze contiguous clone dropout".split())
+"""Ops inside an FFN that change no hidden unit; a wide FFN does without them."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Equal for two FFNs exactly if their sum is one wide FFN: same input but for gains, same activation and dtypes.
+
+    Attributes:
+        reads: what the projections read, apart from gain and shift.
+        activation: the function of a hidden unit, and of how many projections.
+        multiplier: the symbolic numbers that its contribution is multiplied with.
+        dtypes: of all that it computes with.
+        width: of what it adds.
+        device: of its weights.
+    """
+
+    reads: Hashable
+    activation: tuple[str, int]
+    multiplier: tuple[fx.Node, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    width: int
+    device: torch.device | None
+
+
+def form(branch: Branch, numbering: Numbering) -> Form:
+    """The form of an FFN; ``numbering`` knows the points of the stream."""
+    ffn = branch.ffn
+    assert ffn is not None
+    projections, constants = slots(ffn), constant_slots(ffn)
+    places = {each.output: index for index, each in enumerate(projections)}
+    places |= {each: len(projections) + index for index, each in enumerate(constants)}
+    weights = [each.weight for each in (*projections, ffn.down)]
+    found = value(ffn.down.weight)
+    return Form(
+        reads=bare_key(ffn.normed, numbering),
+        activation=(_activation(ffn.down.input, places), len(projections)),
+        multiplier=branch.scale.nodes,
+        dtypes=tuple(map(dtype, (branch.terms[0].node, projections[0].input, *weights, *constants))),
+        width=ffn.down.width,
+        device=None if found is None else found.device,
+    )
+
+
+def difference(branch: Branch, siblings: Sequence[Branch], numbering: Numbering) -> str:
+    """Why ``branch`` does not become one with the other FFNs that are added at the same place."""
+    others = [other for other in siblings if other.ffn is not None and other is not branch]
+    if not others:
+        return NO_OTHER
+    own = form(branch, numbering)
+    forms = {other.name: form(other, numbering) for other in others}
+    if own in forms.values():
+        return "its width differs, and weights='share' takes FFNs of one width only"
+    same_input = {name: each for name, each in forms.items() if each.reads == own.reads}
+    if any(each.multiplier != own.multiplier for each in same_input.values()):
+        return "its multiplier is a symbolic number of its own; compile without dynamic=True"
+    for name, each in same_input.items():
+        if each.activation != own.activation:
+            return f"its activation differs from that of {name}"
+        if each.dtypes != own.dtypes:
+            return f"it computes in other dtypes than {name}"
+        if each.device != own.device:
+            return f"its weights are on another device than those of {name}"
+        return f"it adds a value of another width than {name}"
+    same_point = next((other for other in others if other.read is branch.read), None)
+    if same_point is not None:
+        return unlike(branch, same_point, numbering)
+    return f"it reads another point of the stream than {others[0].name}"
+
+
+def bare_key(normed: Normed, numbering: Numbering) -> Hashable:
+    """What the projections read, apart from gain and shift; a norm call counts by what it normalises and how."""
+    found = op(normed.bare)
+    source = found.node("input") if found is not None and found.name in NORMS else None
+    if found is None or source is None:
+        return numbering[normed.bare]
+    if not normed.fused_call and (found.node("weight") is not None or found.node("bias") is not None):
+        return numbering[normed.bare]
+    sizes = found.args.get("shape")
+    assert isinstance(sizes, list | tuple)
+    key = tuple(numbering[size] if isinstance(size, fx.Node) else repr(size) for size in sizes)
+    return (found.name, numbering[source], key, repr(found.args.get("eps")))
+
+
+def _activation(node: fx.Node, leaves: dict[fx.Node, int], known: dict[fx.Node, str] | None = None) -> str:
+    """The function of one hidden unit, an expression in projections and constants with views left out, as a digest.
+
+    Of a digest of its operands, because a value that is read twice would be written out twice, and again in each.
+    """
+    known = {} if known is None else known
+    if node in leaves:
+        return f"leaf {leaves[node]}"
+    if node not in known:
+        found = op(node)
+        assert found is not None
+        if found.name in TRANSPARENT:
+            source = found.node("input")
+            assert source is not None
+            known[node] = _activation(source, leaves, known)
+        else:
+            arguments = {
+                key: _activation(argument, leaves, known) if isinstance(argument, fx.Node) else repr(argument)
+                for key, argument in found.args.items()
+            }
+            commutes = found.name in ("add", "mul") and "alpha" not in arguments
+            expression = (found.name, sorted(arguments.values()) if commutes else list(arguments.items()))
+            known[node] = hashlib.sha256(repr(expression).encode()).hexdigest()
+    return known[node]
+
+
+def slots(ffn: FFN) -> tuple[Projection, ...]:
+    """The projections in an order that the spelling does not change: ``silu(g) * u`` and ``u * silu(g)`` agree."""
+    by_output = {each.output: each for each in ffn.projections}
+    return tuple(by_output[node] for node in _leaves(ffn) if node in by_output)
+
+
+def constant_slots(ffn: FFN) -> tuple[fx.Node, ...]:
+    """What the activation takes of weights, in such an order."""
+    return tuple(node for node in _leaves(ffn) if node in ffn.constants)
+
+
+def _leaves(ffn: FFN) -> tuple[fx.Node, ...]:
+    blind = {each.output: 0 for each in ffn.projections} | dict.fromkeys(ffn.constants, 1)
+    ranked: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    known: dict[fx.Node, str] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in blind:
+            ranked[node] = None
+            return
+        if node in seen:
+            return
+        seen.add(node)
+        found = op(node)
+        sources = list(node.all_input_nodes)
+        if found is not None and found.name in ("add", "mul") and len(sources) == 2:
+            sources.sort(key=lambda source: _activation(source, blind, known))
+        for source in sources:
+            visit(source)
+
+    visit(ffn.down.input)
+    return tuple(ranked)

@@ -1,0 +1,232 @@
+"""The one order in which the passes run.
+
+1. ``simplify``: so that every later pass sees one dialect, and sums and norms without disguises.
+2. the branches get their names, once: a name means what it meant before any edit.
+3. ``drop``, then ``parallelize``: the plan, the only approximation.
+4. ``fuse_ffn``: what stands in parallel becomes wide; if asked for, fxfuse's kernels also compute what stands alone.
+5. ``merge_gate_up``: what could not shares its gate/up, and what stands alone has one of its own if asked for.
+6. what fxfuse's own kernels compute adds itself to the stream, where it can.
+
+All or nothing: if a pass raises, the graph is as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from torch import fx, nn
+
+from fxfuse.errors import PlanError, nearest
+from fxfuse.graph.surgery import transaction
+from fxfuse.graph.values import clean, name_weights, names_in
+from fxfuse.passes.base import PassReport
+from fxfuse.passes.drop import drop
+from fxfuse.passes.emit.kernel import Kernels, add_in_kernel
+from fxfuse.passes.fuse_ffn import fuse_ffn
+from fxfuse.passes.merge_gate_up import merge_gate_up
+from fxfuse.passes.normalise.simplify import simplify
+from fxfuse.passes.parallelize import parallelize
+from fxfuse.passes.select import branch_names
+from fxfuse.plan import Group, Plan, flat
+from fxfuse.stream.branch import stamp
+from fxfuse.stream.finder import ResidualStream, find_streams
+
+log = logging.getLogger(__name__)
+
+REPORTS = "fxfuse_reports"
+"""Key of ``gm.meta`` under which :func:`apply_plan` leaves the tuple of its passes' reports."""
+
+FOUND = "fxfuse_found"
+"""Key of ``gm.meta`` under which it leaves, as text, which branches it found and what each of them is."""
+
+
+Cut: TypeAlias = Literal["", "break", "ddp"]
+
+CUT = "fxfuse_cut"
+"""Key of ``gm.meta`` under which whoever has a graph of Dynamo's leaves what cut it from the rest of the model."""
+
+_DDP = (
+    "torch._dynamo.config.optimize_ddp = False keeps the graph whole, a larger bucket_cap_mb of DDP cuts it less often"
+)
+_CUTS = {
+    "break": (
+        "a graph break",
+        "TORCH_LOGS=graph_breaks shows where",
+        "the break (TORCH_LOGS=graph_breaks shows where it is); after a call that raised while it was traced, "
+        "torch._dynamo.reset() has the model traced whole again",
+    ),
+    "ddp": ("the border of two of DDP's gradient buckets", _DDP, f"the border: {_DDP}"),
+}
+"""Of each kind of cut: what it is called, what one can do about it, and the same with what is to be removed."""
+
+
+def apply_plan(
+    gm: fx.GraphModule,
+    plan: Plan,
+    *,
+    names: Mapping[fx.Node, str] | None = None,
+    strict: bool = False,
+    share: bool = False,
+    merge: bool = False,
+    kernels: Kernels = "auto",
+    elsewhere: Callable[[str], bool] = lambda name: False,
+    root: nn.Module | None = None,
+    inputs: Sequence[object] | None = None,
+    verify: bool = False,
+    max_rewrites: int | None = None,
+) -> fx.GraphModule:
+    """Apply ``plan`` to a graph, whoever traced it, in place, and fuse what it made parallel.
+
+    Args:
+        gm: a graph of Dynamo, torch.export, symbolic_trace or make_fx. It is linted and recompiled, and
+            ``gm.meta["fxfuse_reports"]`` says what each pass did.
+        plan: what to change; an empty plan changes nothing that is computed.
+        names: the dotted names of weights, by node, where the caller knows better than the graph.
+        strict: a dropped name that no branch has is an error, not a warning.
+        share: see :func:`fxfuse.passes.fuse_ffn`.
+        kernels: see :func:`fxfuse.passes.fuse_ffn`.
+        merge: also do something for FFNs that are fused with no other: one call of fxfuse's kernels, where those run
+            and pay, else one GEMM for gate and up (:func:`fxfuse.passes.merge_gate_up`).
+        elsewhere: tells whether a name that is not in this graph belongs to another part of the model (graph breaks)
+            or has left it already (pruned), so that it is no mistake.
+        root: the module that was traced: its parameters have their names in it, whatever the graph calls them (make_fx
+            says ``_param_constant0``).
+        inputs: example inputs of the graph, for the sizes that symbolic_trace does not record, and for ``verify``.
+        verify: compare all that is fused with what it replaces, in float64 on ``inputs``.
+        max_rewrites: how many fusions to make at most, to find by bisection one that is not what it should be.
+
+    Returns:
+        ``gm`` itself.
+
+    Raises:
+        PlanError: the plan does not fit the graph; the message names the entry.
+        VerifyError: something that was fused is not what it replaces; the message names the branches.
+        OptionError, CaptureError: ``inputs`` are needed and not there, or are none of the graph's.
+    """
+    with transaction(gm):
+        if root is not None:
+            names = {**names_in(root, gm, inputs), **(names or {})}
+        reports = edit(gm, plan, names=names, strict=strict, elsewhere=elsewhere, inputs=inputs)
+        wide = fuse_ffn(
+            gm, share, kernels=kernels, alone=merge, inputs=inputs, verify=verify, max_rewrites=max_rewrites
+        )
+        reports.append(wide)
+        if merge or wide.refused:  # else none is left that stands in parallel
+            left = None if max_rewrites is None else max_rewrites - len(wide.done)
+            reports.append(merge_gate_up(gm, share, alone=merge, inputs=inputs, verify=verify, max_rewrites=left))
+        else:
+            reports.append(PassReport("merge_gate_up"))
+        add_in_kernel(gm.graph)
+    for report in reports:
+        log.debug("%s", report)
+    gm.meta[REPORTS] = tuple(reports)
+    return gm
+
+
+def edit(
+    gm: fx.GraphModule,
+    plan: Plan,
+    *,
+    names: Mapping[fx.Node, str] | None = None,
+    strict: bool = False,
+    elsewhere: Callable[[str], bool] = lambda name: False,
+    inputs: Sequence[object] | None = None,
+) -> list[PassReport]:
+    """What :func:`apply_plan` does but for the fusing: the planned graph, its branches each by itself, writes tied."""
+    with transaction(gm, tied=True):
+        name_weights(names or {})
+        reports = [simplify(gm, inputs)]
+        streams = find_streams(gm, names)
+        gm.meta[FOUND] = _found(streams)
+        log.debug("%s", gm.meta[FOUND])
+        for stream in streams:
+            stamp(stream.branches)
+        known = branch_names(streams)
+        cut: Cut = gm.meta.get(CUT, "")
+        _severed(plan, known, {clean(name) for name in (names or {}).values()}, elsewhere, cut)
+        groups = _groups(plan, known, elsewhere, cut)
+        if known or strict:
+            _missing(plan, known, strict, elsewhere)
+        reports.append(drop(gm, [name for name in plan.drop if name in known], streams))
+        reports.append(parallelize(gm, groups))
+    return reports
+
+
+def _found(streams: Sequence[ResidualStream]) -> str:
+    """The branches of each stream, one a line, with their kinds and why they can be no part of a wide FFN."""
+    lines = [f"found: {len(streams)} residual stream(s)"]
+    for number, stream in enumerate(streams):
+        lines.append(f"  stream {number}: {len(stream.sums)} residual sums")
+        lines += [f"    {b.name}: {b.kind}" + f"; {b.reason}" * (b.reason not in ("", b.kind)) for b in stream.branches]
+    return "\n".join(lines)
+
+
+def _severed(
+    plan: Plan, known: Collection[str], weights: Collection[str], elsewhere: Callable[[str], bool], cut: Cut
+) -> None:
+    """Raise for what is named and is no branch, though its weights are here."""
+    for name in plan.names:
+        if name in known or elsewhere(name) or not any(weight.startswith(f"{name}.") for weight in weights):
+            continue
+        raise PlanError(f"{name!r} is no branch of this graph, {_instead(name, known, cut)}{nearest(name, known)}")
+
+
+def _instead(name: str, known: Collection[str], cut: Cut) -> str:
+    """What the module ``name`` is, if it is no branch."""
+    whole = [branch for branch in known if name.startswith(f"{branch}.")]
+    inside = sorted(branch for branch in known if branch.startswith(f"{name}."))
+    if whole:
+        return f"but a part of the branch {whole[0]!r}: name that"
+    if len(inside) > 1 or (inside and not cut):
+        return f"but a module that holds {', '.join(map(repr, inside))}: name what is meant of them"
+    if cut:
+        return f"which holds weights of it. If its name is right, {_CUTS[cut][0]} inside it separates it from the " \
+               f"stream ({_CUTS[cut][1]})"  # fmt: skip
+    return (
+        "though its weights are here: what they compute is not added to a stream by itself, or other branches share "
+        "them, and then it is called @ and its number. fxfuse.explain shows the branches"
+    )
+
+
+def _groups(plan: Plan, known: Collection[str], elsewhere: Callable[[str], bool], cut: Cut) -> list[Group]:
+    """The groups of the plan that this graph holds; one of which it holds a part is an error."""
+    held: list[Group] = []
+    for index, group in enumerate(plan.parallel):
+        absent = [name for name in flat(group) if name not in known]
+        if not absent:
+            held.append(group)
+            continue
+        if len(absent) == len(flat(group)):
+            continue
+        unknown = next((name for name in absent if not elsewhere(name)), None)
+        if unknown is not None:
+            raise PlanError(f"parallel[{index}]: {unknown!r} is no branch of this graph{nearest(unknown, known)}")
+        if not cut:
+            raise PlanError(
+                f"parallel[{index}]: {absent[0]!r} takes no part in this call of the model, which runs "
+                f"{_other(group, absent)!r}: it was dropped before, or is not called. Leave it out of the group"
+            )
+        raise PlanError(
+            f"parallel[{index}]: {_CUTS[cut][0]} separates {absent[0]!r} from {_other(group, absent)!r}: this graph "
+            f"holds only one of them. Remove the member, or {_CUTS[cut][2]}"
+        )
+    return held
+
+
+def _other(group: Group, absent: Collection[str]) -> str:
+    return next(name for name in flat(group) if name not in absent)
+
+
+def _missing(plan: Plan, known: Collection[str], strict: bool, elsewhere: Callable[[str], bool]) -> None:
+    """Say, once, which names of the plan no branch has."""
+    absent = [name for name in plan.names if name not in known and not elsewhere(name)]
+    if not absent:
+        return
+    text = "; ".join(f"{name!r} is no branch of this graph{nearest(name, known)}" for name in absent[:5])
+    text += f"; and {len(absent) - 5} more" if len(absent) > 5 else ""
+    if strict:
+        raise PlanError(text)
+    warnings.warn(f"fxfuse: the plan names what is not there: {text}", stacklevel=3)

@@ -70,7 +70,7 @@ def plan_file(tmp_path: Path) -> Path:
 
 class TestUsage:
     def test_help_answers_without_importing_torch(self) -> None:
-        program = "import sys; from fxfuse.cli import main\ntry: main(['--help'])\n"
+        program = "import sys; from fxfuse.cli.main import main\ntry: main(['--help'])\n"
         program += "except SystemExit: sys.exit('torch' in sys.modules)"
 
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -107,7 +107,7 @@ class TestUsage:
     def test_without_typer_the_message_is_how_to_install_it(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for name in [name for name in sys.modules if name.startswith("fxfuse.cli.commands")]:
+        for name in [name for name in sys.modules if name.startswith("fxfuse.cli.") and name != "fxfuse.cli.main"]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "typer", None)
 

@@ -236,7 +236,7 @@ def test_experts_that_write_by_index_can_be_dropped_and_moved(dropped: str) -> N
     ):
         torch._dynamo.reset()
         (captured,) = capture(model, h)
-        fxfuse.passes.pipeline(captured.gm, plan, names=captured.names, strict=True)
+        fxfuse.passes.apply_plan(captured.gm, plan, names=captured.names, strict=True)
         torch.testing.assert_close(captured.gm(*captured.inputs)[0], wanted, rtol=0, atol=1e-10)
         writes = [node for node in captured.gm.graph.nodes if "setitem" in node.name]
         assert len(writes) == (2 if plan.drop else 4)  # what was dropped writes nothing any more
@@ -262,7 +262,7 @@ def test_what_an_inner_sum_added_is_not_read_again_after_it_was_overwritten() ->
     model, h = Reread(), torch.randn(2, 5, 8, dtype=torch.float64)
     (captured,) = capture(model, h)
 
-    fxfuse.passes.pipeline(captured.gm, fxfuse.Plan())
+    fxfuse.passes.apply_plan(captured.gm, fxfuse.Plan())
 
     torch.testing.assert_close(captured.gm(*captured.inputs)[0], model(h), rtol=0, atol=1e-10)
 

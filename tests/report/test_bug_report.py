@@ -9,7 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fxfuse
-from fxfuse.cli.shared import app
+from fxfuse.cli.commands import app
 from fxfuse.report.bug_report import write_trace
 from tests.models.tiny import Tower, llama, tokens, vectors
 
@@ -45,7 +45,9 @@ def test_a_model_that_cannot_be_traced_is_reported_with_its_error(tmp_path: Path
 
 
 def test_the_command_writes_it(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["explain", "tests.test_trace:tower", "--trace", str(tmp_path / "made")])
+    result = CliRunner().invoke(
+        app, ["explain", "tests.report.test_bug_report:tower", "--trace", str(tmp_path / "made")]
+    )
 
     assert result.exit_code == 0, result.output
     assert "layers.1.mlp" in result.stdout

@@ -197,6 +197,27 @@ MUTATIONS = (
         ("tests/packing/test_fingerprint.py",),
     ),
     Mutation(
+        "verify nothing",
+        "fxfuse/passes/base.py",
+        "            if control.verifier is not None:",
+        "            if False:",
+        ("tests/passes/test_verify.py", "tests/passes/test_runner.py"),
+    ),
+    Mutation(
+        "make rewrites without fuel",
+        "fxfuse/passes/base.py",
+        "        taken = min(wanted, self.fuel)",
+        "        taken = wanted",
+        ("tests/passes/test_runner.py",),
+    ),
+    Mutation(
+        "go on with the streams from before a pass",
+        "fxfuse/passes/runner.py",
+        "            self._graph.forget()",
+        "            pass",
+        ("tests/passes/test_runner.py", "tests/passes/test_pipeline.py"),
+    ),
+    Mutation(
         "take what a call saw for what was packed",
         "fxfuse/packing/packs.py",
         "        self.expire()\n        self._stamped = stamp(members)",

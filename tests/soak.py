@@ -104,7 +104,7 @@ def trace_model(
         inputs=[*weights(), x],
         share=options["weights"] == "share",
         kernels=options["kernels"],  # type: ignore[arg-type]  # drawn from its values
-        merge=bool(options["merge_gate_up"]),
+        merge_gate_up=bool(options["merge_gate_up"]),
     )
     recipes = extract(gm)
     if not recipes:

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
@@ -17,15 +19,15 @@ from torch._logging._internal import trace_structured
 from fxfuse.backend.naming import compiled_root, elsewhere, for_root, guard_modules, names_in, specialise
 from fxfuse.backend.options import Options
 from fxfuse.cpu import with_linear_maps
-from fxfuse.cpu.prepack import prepack
+from fxfuse.cpu.prepack import Prepack
 from fxfuse.errors import FxfuseError, OptionError, PlanError
 from fxfuse.graph.surgery import copy_graph, transaction
 from fxfuse.model.force import told
 from fxfuse.packing.calls import PackedCall
 from fxfuse.packing.recipe import Recipe, extract
-from fxfuse.passes.normalise.simplify import simplify
-from fxfuse.passes.normalise.sizes import fill_in
+from fxfuse.passes.fill_in import FillIn
 from fxfuse.passes.pipeline import FOUND, REPORTS, apply_plan
+from fxfuse.passes.simplify import simplify
 from fxfuse.plan import PlanFile
 from fxfuse.stream.branch import Branch
 from fxfuse.stream.diagnosis import REPORT, census
@@ -69,16 +71,15 @@ def ffnfuse(
             names=names,
             strict=chosen.strict,
             share=chosen.weights == "share",
-            merge=chosen.merge_gate_up,
+            merge_gate_up=chosen.merge_gate_up,
             kernels=chosen.kernels,
             elsewhere=elsewhere(root, names),
             inputs=example_inputs if chosen.verify else None,
             verify=chosen.verify,
             max_rewrites=chosen.max_rewrites,
+            dump=_dump_folder(chosen.dump),
+            then=[FillIn(), *([Prepack()] if chosen.prepack and not _trains(example_inputs) else [])],
         )
-        fill_in(gm)
-        if chosen.prepack and not _trains(example_inputs):
-            gm.meta[REPORTS] += (prepack(gm),)
         recipes = extract(gm)
     _trace(gm)
     compiler = _inner(chosen, mode)
@@ -101,6 +102,14 @@ def _never_unplanned() -> None:
     config.suppress_errors = False
     config.recompile_limit = max(config.recompile_limit, 64)
     config.fail_on_recompile_limit_hit = True
+
+
+def _dump_folder(dump: str | None) -> Path | None:
+    """The folder of this graph, the first that does not exist yet, in that of the option ``dump``."""
+    if dump is None:
+        return None
+    number = next(number for number in itertools.count() if not Path(dump, f"graph{number}").exists())
+    return Path(dump, f"graph{number}")
 
 
 def _own_copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -40,6 +40,7 @@ class Options:
             difference is a :class:`fxfuse.errors.VerifyError`. For debugging: it takes much memory.
         max_rewrites: how many fusions to make at most in each graph, the first ones in stream order, to find by
             bisection the one that is at fault. None makes all.
+        dump: a folder that gets, for each graph, the graph as Dynamo traced it and after each pass that changed it.
     """
 
     plan: Plan | PlanFile | None = None
@@ -52,6 +53,7 @@ class Options:
     strict: bool = False
     verify: bool = False
     max_rewrites: int | None = None
+    dump: str | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, object]) -> Options:
@@ -78,6 +80,10 @@ class Options:
         most = values.get("max_rewrites")
         if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 0):
             raise OptionError(f"option 'max_rewrites' is a number of fusions, 0 or more, not {most!r}")
+        if (dump := values.get("dump")) is not None:
+            if not isinstance(dump, str | os.PathLike):
+                raise OptionError(f"option 'dump' is the path of a folder, not {dump!r}")
+            values["dump"] = os.fspath(dump)
         if values.get("weights", "copy") not in get_args(Mode):
             raise OptionError(f"option 'weights' is 'copy' or 'share', not {values['weights']!r}")
         if values.get("kernels", "auto") not in get_args(Kernels):

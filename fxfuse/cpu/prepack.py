@@ -11,7 +11,7 @@ Exact: the same sums of products, formed in float32. Each is done only where it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,13 +25,17 @@ from fxfuse.cpu.race import Linear, Size, aten, hint, wins
 from fxfuse.ffn.projection import Projection, projection
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ops import op
-from fxfuse.graph.order import hazards, overwritten, regions, sort
+from fxfuse.graph.order import sort
 from fxfuse.graph.special import unpackable
-from fxfuse.graph.surgery import erase_dead, transaction
+from fxfuse.graph.surgery import erase_dead
 from fxfuse.graph.values import parameters, value
 from fxfuse.packing import expressions as pack
-from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.base import Fusion, PassReport
+from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.emit.wide import slices
+from fxfuse.passes.runner import run
+from fxfuse.passes.verify import Claim
+from fxfuse.stream.branch import Term
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,36 @@ MARGIN = 0.85
 """A copy of a weight must take less than this share of the time, so that it is worth its memory."""
 
 _LINEAR_MAPS = ("linear", "matmul", "addmm")
+
+
+@dataclass(frozen=True)
+class Prepack(Fusion["_Joint"]):
+    """See :func:`prepack`."""
+
+    name, verb, done, product = "prepack", "prepack", "prepacked", "a linear map over a prepacked weight"
+
+    def find(self, graph: Canonical, report: PassReport) -> list[_Joint]:
+        names = parameters(graph.gm)
+        groups: dict[Hashable, list[_Map]] = {}
+        for found in _linear_maps(graph.graph, weight_only(graph.gm, names)):
+            alone = found.node if found.source in graph.overwritten else None
+            key = (found.source, found.size.dtype, graph.regions[found.node], alone)
+            groups.setdefault(key, []).append(found)
+        joints = [_Joint(tuple(names.get(m.map.weight, m.map.weight.name) for m in g), g) for g in groups.values()]
+        return [joint for joint in joints if prepacked_wins(joint.size)]
+
+    def write(self, graph: Canonical, rewrites: Sequence[_Joint]) -> Iterator[tuple[_Joint, Claim]]:
+        order = {node: index for index, node in enumerate(graph.graph.nodes)}
+        hazard, region = graph.hazards, graph.regions
+        for joint in rewrites:
+            first = min((each.node for each in joint.maps), key=order.__getitem__)
+            made, parts = _write(graph.graph, first, joint.maps)
+            sort(graph.graph, hazard, region)  # a weight may be an expression that the model writes down only later
+            yield joint, Claim([([Term(part)], [Term(m.node)]) for m, part in zip(joint.maps, parts, strict=True)])
+            _replace(graph.graph, made, parts, joint.maps)
+        sort(graph.graph, hazard, region)
+        taken = sum(joint.bytes for joint in rewrites)
+        log.info("prepacked weights of this graph take %.1f MB beside the model's own", taken / 1e6)
 
 
 def prepack(gm: fx.GraphModule) -> PassReport:
@@ -50,31 +84,7 @@ def prepack(gm: fx.GraphModule) -> PassReport:
     Returns:
         the linear maps by their weights, and what their copies take.
     """
-    report = PassReport("prepack")
-    with transaction(gm):
-        names = parameters(gm)
-        order = {node: index for index, node in enumerate(gm.graph.nodes)}
-        hazard, region, rewritten = hazards(gm.graph), regions(gm.graph), overwritten(gm.graph)
-        groups: dict[Hashable, list[_Map]] = {}
-        taken = 0
-        for found in _linear_maps(gm.graph, weight_only(gm, names)):
-            alone = found.node if found.source in rewritten else None
-            key = (found.source, found.size.dtype, region[found.node], alone)
-            groups.setdefault(key, []).append(found)
-        for group in groups.values():
-            size = _joint(group)
-            if not prepacked_wins(size):
-                continue
-            first = min((each.node for each in group), key=order.__getitem__)
-            _write(gm.graph, first, group)
-            members = tuple(names.get(each.map.weight, each.map.weight.name) for each in group)
-            weight = f"{size.fan_out} x {size.fan_in}, {size.fan_out * size.fan_in * size.dtype.itemsize / 1e6:.1f} MB"
-            report.done.append(Edit(members, "prepacked", weight))
-            taken += size.fan_out * size.fan_in * size.dtype.itemsize
-        sort(gm.graph, hazard, region)
-    log.info("prepacked weights of this graph take %.1f MB beside the model's own", taken / 1e6)
-    log.debug("%s", report)
-    return report
+    return run(gm, Prepack())
 
 
 @cache
@@ -97,6 +107,27 @@ class _Map:
     source: fx.Node
     map: Projection
     size: Size
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """Linear maps of one input that become one, by the names of their weights."""
+
+    names: tuple[str, ...]
+    maps: Sequence[_Map]
+
+    @property
+    def size(self) -> Size:
+        size = self.maps[0].size
+        return Size.of(size.rows, size.fan_in, sum(each.size.fan_out for each in self.maps), size.dtype)
+
+    @property
+    def bytes(self) -> int:
+        return self.size.fan_out * self.size.fan_in * self.size.dtype.itemsize
+
+    @property
+    def detail(self) -> str:
+        return f"{self.size.fan_out} x {self.size.fan_in}, {self.bytes / 1e6:.1f} MB"
 
 
 def _linear_maps(graph: fx.Graph, weights: Container[fx.Node]) -> list[_Map]:
@@ -143,15 +174,9 @@ def _from_inputs(weight: fx.Node) -> bool:
     return True
 
 
-def _joint(group: Sequence[_Map]) -> Size:
-    size = group[0].size
-    return Size.of(size.rows, size.fan_in, sum(each.size.fan_out for each in group), size.dtype)
-
-
-def _write(graph: fx.Graph, first: fx.Node, group: Sequence[_Map]) -> None:
-    """The maps of the group as one, in the place of the ``first``."""
+def _write(graph: fx.Graph, first: fx.Node, group: Sequence[_Map]) -> tuple[fx.Node, list[fx.Node]]:
+    """The maps of the group as one, in the place of the ``first``, and the part of its result that each has."""
     what = " + ".join(each.map.weight.name for each in group)
-    inner = [each for own in group for each in (own.map.weight, own.map.bias) if each is not None]
     with graph.inserting_before(first):
         rows = [pack.weight_of(graph, each.map) for each in group]
         whole = rows[0] if len(rows) == 1 else graph.call_function(torch.cat, (rows, 0))
@@ -164,6 +189,12 @@ def _write(graph: fx.Graph, first: fx.Node, group: Sequence[_Map]) -> None:
         parts = slices(graph, made, [each.map.width for each in group])
         if len(parts) > 1:  # who reads them may count on dense rows, as those of a linear map are
             parts = [graph.call_method("contiguous", (part,)) for part in parts]
+    return made, parts
+
+
+def _replace(graph: fx.Graph, made: fx.Node, parts: Sequence[fx.Node], group: Sequence[_Map]) -> None:
+    """Let the ``parts`` of the one map stand for those of the group."""
+    inner = [each for own in group for each in (own.map.weight, own.map.bias) if each is not None]
     for each, part in zip(group, parts, strict=True):
         part.meta.update(each.node.meta)
         each.node.replace_all_uses_with(part)

@@ -14,9 +14,9 @@ from fxfuse.passes.base import Edit, PassReport
 from fxfuse.passes.drop import drop
 from fxfuse.passes.fuse_ffn import fuse_ffn
 from fxfuse.passes.merge_gate_up import merge_gate_up
-from fxfuse.passes.normalise.simplify import simplify
 from fxfuse.passes.parallelize import parallelize
 from fxfuse.passes.pipeline import REPORTS, apply_plan
+from fxfuse.passes.simplify import simplify
 
 __all__ = [
     "REPORTS",

@@ -7,7 +7,7 @@ arXiv 2602.08858, does), its shift into their bias, and what is left of the norm
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -15,19 +15,88 @@ from torch import fx
 from fxfuse.ffn.affine import unfoldable
 from fxfuse.ffn.anatomy import FFN
 from fxfuse.graph.ops import op
-from fxfuse.graph.order import overwritten, regions
-from fxfuse.graph.surgery import erase_dead, transaction
+from fxfuse.graph.surgery import erase_dead
 from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import shape
-from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.base import Edit, Fusion, PassReport
+from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.compatible import difference, form
 from fxfuse.passes.emit.kernel import Kernel, Kernels, kernel_alone, kernel_of
 from fxfuse.passes.emit.wide import emit_batched, emit_wide
-from fxfuse.passes.normalise.normal import normal_streams
-from fxfuse.passes.verify import Verifier
+from fxfuse.passes.runner import run
+from fxfuse.passes.verify import Claim
 from fxfuse.stream.branch import Branch, Term
 from fxfuse.stream.rewrite import resum
 from fxfuse.stream.sums import Sum
+
+
+@dataclass(frozen=True)
+class _Wide:
+    """FFNs of one form that are added in one sum, perhaps only one; what computes them, or why ATen does."""
+
+    residual: Sum
+    branches: tuple[Branch, ...]
+    how: Kernel | str
+    detail: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(branch.name for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class FuseFFN(Fusion[_Wide]):
+    """See :func:`fuse_ffn`."""
+
+    name, verb, done, product = "fuse_ffn", "fuse", "fused", "one FFN"
+    share: bool = False
+    kernels: Kernels = "auto"
+    merge_gate_up: bool = False
+
+    def find(self, graph: Canonical, report: PassReport) -> list[_Wide]:
+        found: list[_Wide] = []
+        for stream in graph.streams:
+            numbering = Numbering({point: point for point in stream.levels})
+            for residual in stream.sums:
+                count = sum(branch.kind in ("gated_ffn", "ffn") for branch in residual.branches)
+                if count > 1 or (count and self.merge_gate_up):
+                    sets = _alike(residual, self.share, numbering, graph.overwritten, graph.regions, report)
+                    found += [self._wide(residual, branches) for branches in sets]
+        return [wide for wide in found if len(wide.branches) > 1 or isinstance(wide.how, Kernel)]
+
+    def _wide(self, residual: Sum, branches: tuple[Branch, ...]) -> _Wide:
+        how: Kernel | str = "it stands in parallel with no other"
+        if self.share:
+            how = "weights='share'"
+        elif len(branches) > 1:
+            how = kernel_of(branches, self.kernels)
+        elif self.merge_gate_up:
+            how = kernel_alone(branches[0], self.kernels)
+        computed = f"ATen, because {how}" if self.kernels == "fxfuse" else ""
+        computed = "fxfuse's kernels" if isinstance(how, Kernel) else computed
+        width = sum(branch.ffn.projections[0].width for branch in branches if branch.ffn is not None)
+        return _Wide(residual, branches, how, f"one FFN of width {width}" + (f", by {computed}" if computed else ""))
+
+    def write(self, graph: Canonical, rewrites: Sequence[_Wide]) -> Iterator[tuple[_Wide, Claim]]:
+        # Backwards, so that the points which a sum's branches read are still those that the stream knows.
+        for residual in dict.fromkeys(wide.residual for wide in reversed(rewrites)):
+            terms = list(residual.terms)
+            gone: list[Term] = []
+            for wide in [wide for wide in rewrites if wide.residual is residual]:
+                with graph.graph.inserting_before(residual.out):
+                    made = Term(self._emitted(graph.graph, wide))
+                replaced = [branch.terms[0] for branch in wide.branches]
+                yield wide, Claim([([made], replaced)])
+                gone += replaced
+                terms.append(made)
+            resum(graph.graph, residual, [term for term in terms if term not in gone], {})
+            erase_dead(graph.graph, [term.node for term in gone])
+
+    def _emitted(self, graph: fx.Graph, wide: _Wide) -> fx.Node:
+        start = wide.residual.stream.node
+        if self.share:
+            return emit_batched(graph, wide.branches, start)
+        return emit_wide(graph, wide.branches, start, wide.how if isinstance(wide.how, Kernel) else None)
 
 
 def fuse_ffn(
@@ -35,7 +104,7 @@ def fuse_ffn(
     share: bool = False,
     *,
     kernels: Kernels = "auto",
-    alone: bool = False,
+    merge_gate_up: bool = False,
     inputs: Sequence[object] | None = None,
     verify: bool = False,
     max_rewrites: int | None = None,
@@ -49,8 +118,8 @@ def fuse_ffn(
             not fuse then.
         kernels: what computes them: fxfuse's own kernels on GPUs and ATen elsewhere ("auto"), or always "fxfuse" or
             "aten". Of shared weights and of what the kernels cannot express ATen does, and the report says so.
-        alone: let fxfuse's kernels compute gated FFNs that are fused with no other, too; under "auto", those for which
-            they are modelled to be faster. It takes a copy of gate and up.
+        merge_gate_up: let fxfuse's kernels compute gated FFNs that are fused with no other, too; under "auto", those
+            for which they are modelled to be faster. It takes a copy of gate and up.
         inputs: example inputs of the graph, for ``verify``.
         verify: compare each wide FFN with the FFNs it replaces, in float64 on ``inputs``.
         max_rewrites: how many sets to fuse at most, the first ones in stream order.
@@ -62,78 +131,31 @@ def fuse_ffn(
         VerifyError: a wide FFN is not the sum of those it replaces. The graph is then as it was.
         OptionError: ``verify`` without ``inputs``.
     """
-    report = PassReport("fuse_ffn")
-    verifier = Verifier.of(gm, inputs, verify)
-    with transaction(gm):
-        streams = normal_streams(gm)
-        rewritten, region = overwritten(gm.graph), regions(gm.graph)
-        sets: list[_Set] = []
-        for stream in streams:
-            numbering = Numbering({point: point for point in stream.levels})
-            for each in stream.sums:
-                count = sum(branch.kind in ("gated_ffn", "ffn") for branch in each.branches)
-                if count > 1 or (count and alone):
-                    sets += _alike(each, share, numbering, rewritten, region, report)
-        how = {each: "weights='share'" if share else _kernel(each, kernels, alone) for each in sets}
-        sets = [each for each in sets if len(each.branches) > 1 or isinstance(how[each], Kernel)]
-        fused = sets if max_rewrites is None else sets[:max_rewrites]
-        report.done += [Edit(each.names, "fused", _detail(each, how[each], kernels)) for each in fused]
-        report.refused += [Edit(each.names, "fuse", "max_rewrites is spent") for each in sets[len(fused) :]]
-        # Backwards, so that the points which a sum's branches read are still those that the stream knows.
-        for residual in dict.fromkeys(each.residual for each in reversed(fused)):
-            _write(gm.graph, residual, [each for each in fused if each.residual is residual], share, how, verifier)
-    return report
-
-
-def _kernel(each: _Set, kernels: Kernels, alone: bool) -> Kernel | str:
-    if len(each.branches) > 1:
-        return kernel_of(each.branches, kernels)
-    return kernel_alone(each.branches[0], kernels) if alone else "it stands in parallel with no other"
-
-
-def _detail(each: _Set, how: Kernel | str, kernels: Kernels) -> str:
-    computed = "fxfuse's kernels" if isinstance(how, Kernel) else f"ATen, because {how}" if kernels == "fxfuse" else ""
-    return f"one FFN of width {each.width}" + (f", by {computed}" if computed else "")
-
-
-@dataclass(frozen=True)
-class _Set:
-    """FFNs of one form that are added in one sum; perhaps only one."""
-
-    residual: Sum
-    branches: tuple[Branch, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(branch.name for branch in self.branches)
-
-    @property
-    def width(self) -> int:
-        return sum(branch.ffn.projections[0].width for branch in self.branches if branch.ffn is not None)
+    return run(gm, FuseFFN(share, kernels, merge_gate_up), inputs=inputs, verify=verify, max_rewrites=max_rewrites)
 
 
 def _alike(
-    each: Sum,
+    residual: Sum,
     share: bool,
     numbering: Numbering,
     rewritten: Container[fx.Node],
     region: Mapping[fx.Node, int],
     report: PassReport,
-) -> list[_Set]:
+) -> list[tuple[Branch, ...]]:
     """The sets of FFNs of one form among the branches of a sum; ``report`` learns who is with no other, and why."""
     alike: dict[Hashable, list[Branch]] = {}
-    for branch in each.branches:
+    for branch in residual.branches:
         if branch.ffn is None:
             if branch.gate_up is not None:
                 rounding = "" if share else unfoldable(branch.gate_up.normed)
                 report.refused.append(Edit((branch.name,), "fuse", "; ".join(filter(None, (branch.reason, rounding)))))
             continue
         reason = ""
-        if each.write is not None or _input(branch.ffn) in rewritten:
+        if residual.write is not None or _input(branch.ffn) in rewritten:
             reason = "what it reads or adds to is written in place"
         elif share and shape(branch.ffn.projections[0].input) is None:
             reason = "the graph does not tell the sizes of what it reads; give the pass example inputs"
-        elif any(region[node] != region[each.out] for node in branch.body):
+        elif any(region[node] != region[residual.out] for node in branch.body):
             reason = "it stands in another autocast or no_grad region than the sum it is added in"
         elif not share:
             reason = unfoldable(branch.ffn.normed)
@@ -143,36 +165,10 @@ def _alike(
         width = branch.ffn.projections[0].width if share else None
         alike.setdefault((form(branch, numbering), width), []).append(branch)
     for branches in alike.values():
-        if len(branches) == 1 and sum(branch.ffn is not None for branch in each.branches) > 1:
-            reason = difference(branches[0], each.branches, numbering)
+        if len(branches) == 1 and sum(branch.ffn is not None for branch in residual.branches) > 1:
+            reason = difference(branches[0], residual.branches, numbering)
             report.refused.append(Edit((branches[0].name,), "fuse", reason))
-    return [_Set(each, tuple(branches)) for branches in alike.values()]
-
-
-def _write(
-    graph: fx.Graph,
-    residual: Sum,
-    sets: Sequence[_Set],
-    share: bool,
-    how: Mapping[_Set, Kernel | str],
-    verifier: Verifier | None,
-) -> None:
-    """Write the wide FFNs of one sum, and the sum anew with them instead of their members."""
-    wide: list[Term] = []
-    for each in sets:
-        with graph.inserting_before(residual.out):
-            kernel = how[each]
-            if share:
-                made = emit_batched(graph, each.branches, residual.stream.node)
-            else:
-                own = kernel if isinstance(kernel, Kernel) else None
-                made = emit_wide(graph, each.branches, residual.stream.node, own)
-        wide.append(Term(made))
-        if verifier is not None:
-            verifier.check([([Term(made)], [branch.terms[0] for branch in each.branches])], "one FFN", each.names)
-    gone = {branch.terms[0] for each in sets for branch in each.branches}
-    resum(graph, residual, [*(term for term in residual.terms if term not in gone), *wide], {})
-    erase_dead(graph, [term.node for term in gone])
+    return [tuple(branches) for branches in alike.values()]
 
 
 def _input(ffn: FFN) -> fx.Node:

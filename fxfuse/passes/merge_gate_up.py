@@ -6,7 +6,7 @@ parallel and cannot be one wide FFN, because a norm or an activation of its own 
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,18 +14,72 @@ from torch import fx
 
 from fxfuse.ffn.affine import unfoldable
 from fxfuse.ffn.anatomy import GateUp, Projection
-from fxfuse.graph.order import hazards, overwritten, regions, sort
-from fxfuse.graph.surgery import erase_dead, transaction
+from fxfuse.graph.order import sort
+from fxfuse.graph.surgery import erase_dead
 from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import dtype, value
 from fxfuse.packing.expressions import PACK
-from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.base import Edit, Fusion, PassReport
+from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.compatible import bare_key, difference
 from fxfuse.passes.emit.wide import can_be_given_the_shape_of, emit_projections
-from fxfuse.passes.normalise.normal import normal_streams
-from fxfuse.passes.verify import Verifier
+from fxfuse.passes.runner import run
+from fxfuse.passes.verify import Claim
 from fxfuse.stream.branch import Branch, Term
 from fxfuse.stream.sums import Sum
+
+
+@dataclass(frozen=True)
+class _Group:
+    """FFNs whose projections read one value (but for the gains of ``folded``), and what keeps them from being one."""
+
+    members: tuple[tuple[str, GateUp], ...]
+    folded: bool
+    reason: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.members)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return tuple(projection for _, half in self.members for projection in half.projections)
+
+    @property
+    def detail(self) -> str:
+        return "gate and up in one GEMM" + (f"; no wider: {self.reason}" if len(self.members) > 1 else "")
+
+
+@dataclass(frozen=True)
+class MergeGateUp(Fusion[_Group]):
+    """See :func:`merge_gate_up`."""
+
+    name, verb, done, product = "merge_gate_up", "merge", "merged", "one GEMM"
+    share: bool = False
+    alone: bool = True
+
+    def find(self, graph: Canonical, report: PassReport) -> list[_Group]:
+        groups: list[_Group] = []
+        for stream in graph.streams:
+            numbering = Numbering({point: point for point in stream.levels})
+            for residual in stream.sums:
+                groups += _groups(residual, self.share, numbering, graph.overwritten, graph.regions, report)
+        return [group for group in groups if self.alone or len(group.members) > 1]
+
+    def write(self, graph: Canonical, rewrites: Sequence[_Group]) -> Iterator[tuple[_Group, Claim]]:
+        hazard, region = graph.hazards, graph.regions
+        order = {node: index for index, node in enumerate(graph.graph.nodes)}
+        made = [_write(graph.graph, group, order) for group in rewrites]
+        pairs = [list(zip(new, group.projections, strict=True)) for new, group in zip(made, rewrites, strict=True)]
+        # A weight may be an expression, such as w.t(), that the model writes down only after the first projection.
+        sort(graph.graph, hazard, region)
+        for own, group in zip(pairs, rewrites, strict=True):
+            yield group, Claim([([Term(new)], [Term(old.output)]) for new, old in own])
+        for new, old in chain.from_iterable(pairs):
+            new.meta.update(old.output.meta)
+            old.output.replace_all_uses_with(new)
+            erase_dead(graph.graph, [old.output])
+        sort(graph.graph, hazard, region)
 
 
 def merge_gate_up(
@@ -52,55 +106,7 @@ def merge_gate_up(
         VerifyError: a projection is not what it was. The graph is then as it was.
         OptionError: ``verify`` without ``inputs``.
     """
-    report = PassReport("merge_gate_up")
-    verifier = Verifier.of(gm, inputs, verify)
-    with transaction(gm):
-        streams = normal_streams(gm)
-        hazard, region, rewritten = hazards(gm.graph), regions(gm.graph), overwritten(gm.graph)
-        groups: list[_Group] = []
-        for stream in streams:
-            numbering = Numbering({point: point for point in stream.levels})
-            for each in stream.sums:
-                groups += _groups(each, share, numbering, rewritten, region, report)
-        groups = [group for group in groups if alone or len(group.members) > 1]
-        merged = groups if max_rewrites is None else groups[:max_rewrites]
-        report.done += [Edit(group.names, "merged", group.detail) for group in merged]
-        report.refused += [Edit(group.names, "merge", "max_rewrites is spent") for group in groups[len(merged) :]]
-        order = {node: index for index, node in enumerate(gm.graph.nodes)}
-        made = [_write(gm.graph, group, order) for group in merged]
-        pairs = [list(zip(each, group.projections, strict=True)) for each, group in zip(made, merged, strict=True)]
-        if verifier is not None:
-            sort(gm.graph, hazard, region)
-            for own, group in zip(pairs, merged, strict=True):
-                verifier.check([([Term(new)], [Term(old.output)]) for new, old in own], "one GEMM", group.names)
-        for new, old in chain.from_iterable(pairs):
-            new.meta.update(old.output.meta)
-            old.output.replace_all_uses_with(new)
-            erase_dead(gm.graph, [old.output])
-        # A weight may be an expression, such as w.t(), that the model writes down only after the first projection.
-        sort(gm.graph, hazard, region)
-    return report
-
-
-@dataclass(frozen=True)
-class _Group:
-    """FFNs whose projections read one value (but for the gains of ``folded``), and what keeps them from being one."""
-
-    members: tuple[tuple[str, GateUp], ...]
-    folded: bool
-    reason: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.members)
-
-    @property
-    def projections(self) -> tuple[Projection, ...]:
-        return tuple(projection for _, half in self.members for projection in half.projections)
-
-    @property
-    def detail(self) -> str:
-        return "gate and up in one GEMM" + (f"; no wider: {self.reason}" if len(self.members) > 1 else "")
+    return run(gm, MergeGateUp(share, alone), inputs=inputs, verify=verify, max_rewrites=max_rewrites)
 
 
 def _groups(

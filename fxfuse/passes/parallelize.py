@@ -9,23 +9,52 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
 from fxfuse.errors import PlanError
 from fxfuse.graph.ops import mutated_arguments, op
-from fxfuse.graph.order import Stuck, hazards, overwritten, regions, sort
+from fxfuse.graph.order import Stuck, sort
 from fxfuse.graph.rows import viewed
-from fxfuse.graph.surgery import transaction
 from fxfuse.graph.values import dtype, same_shape
-from fxfuse.passes.base import Edit, PassReport
-from fxfuse.passes.normalise.normal import normal_streams
+from fxfuse.passes.base import Control, Edit, Pass, PassReport
+from fxfuse.passes.canonical import Canonical
+from fxfuse.passes.runner import run
 from fxfuse.passes.select import check_known
 from fxfuse.plan import Group, flat
 from fxfuse.stream.branch import Branch, Term
 from fxfuse.stream.finder import ResidualStream
 from fxfuse.stream.rewrite import add_up, resum, shaped
 from fxfuse.stream.sums import Sum
+
+
+@dataclass(frozen=True)
+class Parallelize(Pass):
+    """See :func:`parallelize`."""
+
+    name = "parallelize"
+    groups: tuple[Group, ...]
+
+    def run(self, graph: Canonical, control: Control) -> PassReport:
+        report = PassReport(self.name)
+        if not self.groups:
+            return report
+        by_stream = _by_stream(self.groups, graph.streams)
+        hazard, region, rewritten = graph.hazards, graph.regions, graph.overwritten
+        moved: list[Branch] = []
+        replaced: dict[fx.Node, fx.Node] = {}
+        for stream, own in by_stream.items():
+            rewriter = _Rewriter(graph.gm, stream, own, replaced, rewritten)
+            rewriter.run()
+            moved += rewriter.moved
+            _copy_hazards(hazard, rewriter.clones)
+        try:
+            sort(graph.graph, hazard, region)
+        except Stuck as stuck:
+            raise PlanError(_explain(stuck, moved)) from stuck
+        report.done.extend(Edit(flat(group), "made parallel") for group in self.groups)
+        return report
 
 
 def parallelize(gm: fx.GraphModule, groups: Sequence[Group]) -> PassReport:
@@ -45,25 +74,7 @@ def parallelize(gm: fx.GraphModule, groups: Sequence[Group]) -> PassReport:
         PlanError: an unknown name, members of several streams, or a member that needs a value made only after the
             place where the group stands. The graph is then as it was.
     """
-    report = PassReport("parallelize")
-    if not groups:
-        return report
-    with transaction(gm):
-        by_stream = _by_stream(groups, normal_streams(gm))
-        hazard, region, rewritten = hazards(gm.graph), regions(gm.graph), overwritten(gm.graph)
-        moved: list[Branch] = []
-        replaced: dict[fx.Node, fx.Node] = {}
-        for stream, own in by_stream.items():
-            rewriter = _Rewriter(gm, stream, own, replaced, rewritten)
-            rewriter.run()
-            moved += rewriter.moved
-            _copy_hazards(hazard, rewriter.clones)
-        try:
-            sort(gm.graph, hazard, region)
-        except Stuck as stuck:
-            raise PlanError(_explain(stuck, moved)) from stuck
-        report.done.extend(Edit(flat(group), "made parallel") for group in groups)
-    return report
+    return run(gm, Parallelize(tuple(groups)))
 
 
 def _by_stream(groups: Sequence[Group], streams: Sequence[ResidualStream]) -> dict[ResidualStream, list[Group]]:

@@ -15,24 +15,26 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from torch import fx, nn
 
 from fxfuse.errors import PlanError, nearest
-from fxfuse.graph.surgery import transaction
 from fxfuse.graph.values import clean, name_weights, names_in
-from fxfuse.passes.base import PassReport
-from fxfuse.passes.drop import drop
-from fxfuse.passes.emit.kernel import Kernels, add_in_kernel
-from fxfuse.passes.fuse_ffn import fuse_ffn
-from fxfuse.passes.merge_gate_up import merge_gate_up
-from fxfuse.passes.normalise.simplify import simplify
-from fxfuse.passes.parallelize import parallelize
+from fxfuse.passes.add_in_kernel import AddInKernel
+from fxfuse.passes.base import Pass, PassReport
+from fxfuse.passes.drop import Drop
+from fxfuse.passes.emit.kernel import Kernels
+from fxfuse.passes.fuse_ffn import FuseFFN
+from fxfuse.passes.merge_gate_up import MergeGateUp
+from fxfuse.passes.parallelize import Parallelize
+from fxfuse.passes.runner import Runner, running
 from fxfuse.passes.select import branch_names
+from fxfuse.passes.simplify import Simplify
 from fxfuse.plan import Group, Plan, flat
 from fxfuse.stream.branch import stamp
-from fxfuse.stream.finder import ResidualStream, find_streams
+from fxfuse.stream.finder import ResidualStream
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +72,15 @@ def apply_plan(
     names: Mapping[fx.Node, str] | None = None,
     strict: bool = False,
     share: bool = False,
-    merge: bool = False,
+    merge_gate_up: bool = False,
     kernels: Kernels = "auto",
     elsewhere: Callable[[str], bool] = lambda name: False,
     root: nn.Module | None = None,
     inputs: Sequence[object] | None = None,
     verify: bool = False,
     max_rewrites: int | None = None,
+    dump: Path | None = None,
+    then: Sequence[Pass] = (),
 ) -> fx.GraphModule:
     """Apply ``plan`` to a graph, whoever traced it, in place, and fuse what it made parallel.
 
@@ -88,8 +92,8 @@ def apply_plan(
         strict: a dropped name that no branch has is an error, not a warning.
         share: see :func:`fxfuse.passes.fuse_ffn`.
         kernels: see :func:`fxfuse.passes.fuse_ffn`.
-        merge: also do something for FFNs that are fused with no other: one call of fxfuse's kernels, where those run
-            and pay, else one GEMM for gate and up (:func:`fxfuse.passes.merge_gate_up`).
+        merge_gate_up: also do something for FFNs that are fused with no other: one call of fxfuse's kernels, where
+            those run and pay, else one GEMM for gate and up (:func:`fxfuse.passes.merge_gate_up`).
         elsewhere: tells whether a name that is not in this graph belongs to another part of the model (graph breaks)
             or has left it already (pruned), so that it is no mistake.
         root: the module that was traced: its parameters have their names in it, whatever the graph calls them (make_fx
@@ -97,6 +101,8 @@ def apply_plan(
         inputs: example inputs of the graph, for the sizes that symbolic_trace does not record, and for ``verify``.
         verify: compare all that is fused with what it replaces, in float64 on ``inputs``.
         max_rewrites: how many fusions to make at most, to find by bisection one that is not what it should be.
+        dump: a folder that gets the graph as it is, and after each pass that changed it.
+        then: passes to run last.
 
     Returns:
         ``gm`` itself.
@@ -106,23 +112,19 @@ def apply_plan(
         VerifyError: something that was fused is not what it replaces; the message names the branches.
         OptionError, CaptureError: ``inputs`` are needed and not there, or are none of the graph's.
     """
-    with transaction(gm):
+    with running(gm, inputs=inputs, verify=verify, max_rewrites=max_rewrites, dump=dump) as runner:
         if root is not None:
             names = {**names_in(root, gm, inputs), **(names or {})}
-        reports = edit(gm, plan, names=names, strict=strict, elsewhere=elsewhere, inputs=inputs)
-        wide = fuse_ffn(
-            gm, share, kernels=kernels, alone=merge, inputs=inputs, verify=verify, max_rewrites=max_rewrites
-        )
-        reports.append(wide)
-        if merge or wide.refused:  # else none is left that stands in parallel
-            left = None if max_rewrites is None else max_rewrites - len(wide.done)
-            reports.append(merge_gate_up(gm, share, alone=merge, inputs=inputs, verify=verify, max_rewrites=left))
+        _edit(runner, plan, names, strict, elsewhere, inputs)
+        wide = runner(FuseFFN(share, kernels, merge_gate_up))
+        if merge_gate_up or wide.refused:  # else none is left that stands in parallel
+            runner(MergeGateUp(share, alone=merge_gate_up))
         else:
-            reports.append(PassReport("merge_gate_up"))
-        add_in_kernel(gm.graph)
-    for report in reports:
-        log.debug("%s", report)
-    gm.meta[REPORTS] = tuple(reports)
+            runner.reports.append(PassReport(MergeGateUp.name))
+        runner(AddInKernel())
+        for pass_ in then:
+            runner(pass_)
+    gm.meta[REPORTS] = tuple(runner.reports)
     return gm
 
 
@@ -136,23 +138,34 @@ def edit(
     inputs: Sequence[object] | None = None,
 ) -> list[PassReport]:
     """What :func:`apply_plan` does but for the fusing: the planned graph, its branches each by itself, writes tied."""
-    with transaction(gm, tied=True):
-        name_weights(names or {})
-        reports = [simplify(gm, inputs)]
-        streams = find_streams(gm, names)
-        gm.meta[FOUND] = _found(streams)
-        log.debug("%s", gm.meta[FOUND])
-        for stream in streams:
-            stamp(stream.branches)
-        known = branch_names(streams)
-        cut: Cut = gm.meta.get(CUT, "")
-        _severed(plan, known, {clean(name) for name in (names or {}).values()}, elsewhere, cut)
-        groups = _groups(plan, known, elsewhere, cut)
-        if known or strict:
-            _missing(plan, known, strict, elsewhere)
-        reports.append(drop(gm, [name for name in plan.drop if name in known], streams))
-        reports.append(parallelize(gm, groups))
-    return reports
+    with running(gm, tied=True) as runner:
+        _edit(runner, plan, names, strict, elsewhere, inputs)
+    return runner.reports
+
+
+def _edit(
+    runner: Runner,
+    plan: Plan,
+    names: Mapping[fx.Node, str] | None,
+    strict: bool,
+    elsewhere: Callable[[str], bool],
+    inputs: Sequence[object] | None,
+) -> None:
+    name_weights(names or {})
+    runner(Simplify(inputs))
+    gm, streams = runner.gm, runner.name(names).streams
+    gm.meta[FOUND] = _found(streams)
+    log.debug("%s", gm.meta[FOUND])
+    for stream in streams:
+        stamp(stream.branches)
+    known = branch_names(streams)
+    cut: Cut = gm.meta.get(CUT, "")
+    _severed(plan, known, {clean(name) for name in (names or {}).values()}, elsewhere, cut)
+    groups = _groups(plan, known, elsewhere, cut)
+    if known or strict:
+        _missing(plan, known, strict, elsewhere)
+    runner(Drop(frozenset(name for name in plan.drop if name in known)))
+    runner(Parallelize(tuple(groups)))
 
 
 def _found(streams: Sequence[ResidualStream]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from fxfuse.stream.branch import Term
 
 TOLERANCE = 1e-8
 """How far the two may be apart, relative to the largest value, or to 1 if that is more."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That in each pair the sum of the terms that were made is that of those they replace; the graph holds both."""
+
+    pairs: Sequence[tuple[Sequence[Term], Sequence[Term]]]
 
 
 class Verifier:
@@ -44,11 +52,9 @@ class Verifier:
         return cls(gm, inputs) if verify and inputs is not None else None
 
     @torch.no_grad()
-    def check(self, pairs: Sequence[tuple[Sequence[Term], Sequence[Term]]], what: str, names: Sequence[str]) -> None:
-        """Raise VerifyError unless in each pair the sum of the terms that were made is that of those they replace.
-
-        ``what`` was made of the branches of those ``names``.
-        """
+    def check(self, claim: Claim, what: str, names: Sequence[str]) -> None:
+        """Raise VerifyError unless the claim holds; ``what`` was made of the branches of those ``names``."""
+        pairs = claim.pairs
         terms = [term for pair in pairs for each in pair for term in each]
         values = self._values([node for term in terms for node in (term.node, *term.scale.nodes)])
         error = max(_distance(_total(made, values), _total(replaced, values)) for made, replaced in pairs)

@@ -23,7 +23,8 @@ from fxfuse.cpu.race import Size
 from fxfuse.packing import calls as weights
 from fxfuse.packing.expressions import PACK
 from fxfuse.packing.packs import Pack
-from fxfuse.passes.normalise.sizes import fill_in
+from fxfuse.passes.fill_in import FillIn
+from fxfuse.passes.runner import run
 from tests.models import as_tuple, build, make_input
 from tests.models import spec as s
 from tests.models.strategies import PlanSpec
@@ -324,7 +325,7 @@ def test_the_report_names_the_weights_and_their_memory() -> None:
 
     with torch.no_grad():
         (captured,) = capture(Attention(), rows())
-    fill_in(captured.gm)
+    run(captured.gm, FillIn())
     report = module.prepack(captured.gm)
 
     assert [edit.branches for edit in report.done] == [("q.weight", "k.weight", "v.weight"), ("o.weight",)]

@@ -69,7 +69,7 @@ def test_ffn_fusion_drops_makes_parallel_and_fuses(road: str, share: bool) -> No
     assert made.linears == 4 + (0 if share else 2) + 1
     assert_no_dead_nodes(made.gm)
     done = actions(made)
-    assert list(done) == ["simplify", "drop", "parallelize", "fuse_ffn", "merge_gate_up"]
+    assert list(done) == ["simplify", "drop", "parallelize", "fuse_ffn", "merge_gate_up", "add_in_kernel"]
     assert done["drop"] == ["dropped layers.1.attn", "dropped layers.2.attn"]
     assert done["parallelize"] == ["made parallel layers.0.mlp + layers.1.mlp + layers.2.mlp"]
     assert done["fuse_ffn"] == ["fused layers.0.mlp + layers.1.mlp + layers.2.mlp"]
@@ -92,7 +92,7 @@ def test_an_empty_plan_changes_nothing_that_is_computed(road: str) -> None:
 def test_what_does_not_become_wide_is_merged_if_asked_for(road: str) -> None:
     model, made = graph(road)
 
-    apply_plan(made.gm, Plan(parallel=[["layers.0.mlp", "layers.1.mlp"]]), names=made.names, merge=True)
+    apply_plan(made.gm, Plan(parallel=[["layers.0.mlp", "layers.1.mlp"]]), names=made.names, merge_gate_up=True)
 
     h = vectors() * 1.5
     h = h + model.attn(0, h)

@@ -21,7 +21,7 @@ import fxfuse.kernels  # noqa: F401  # registers the ops
 from fxfuse.ffn.activation import Activation, activation_of
 from fxfuse.ffn.anatomy import FFN, Projection
 from fxfuse.ffn.rms import rms
-from fxfuse.graph.values import dtype, same_shape, shape, value
+from fxfuse.graph.values import dtype, value
 from fxfuse.hardware import cost, gpus
 from fxfuse.stream.branch import Branch
 
@@ -32,7 +32,7 @@ ALIGNMENT = 16
 """Hidden units are padded to a multiple of this: other sizes cost the kernels their wide loads."""
 
 _ON_GPUS = (torch.float32, torch.float16, torch.bfloat16)
-_WIDE_FFN = torch.ops.fxfuse.wide_ffn.default
+WIDE_FFN = torch.ops.fxfuse.wide_ffn.default
 
 
 @dataclass(frozen=True)
@@ -109,32 +109,7 @@ def call_kernel(
     gate_up = graph.call_method("unflatten", (weight, 0, (count, -1)))
     gate_up_bias = None if bias is None else graph.call_method("unflatten", (bias, 0, (count, -1)))
     arguments = (source, gate_up, down, None, gate_up_bias, down_bias, None, None, eps, kernel.activation.name)
-    return graph.call_function(_WIDE_FFN, arguments)
-
-
-def add_in_kernel(graph: fx.Graph) -> list[fx.Node]:
-    """Let each wide FFN add its contribution to the stream itself, where nothing else reads it; the calls that do."""
-    done: list[fx.Node] = []
-    for node in graph.find_nodes(op="call_function", target=_WIDE_FFN):
-        if node.args[3] is not None or len(node.users) != 1:
-            continue
-        (total,) = node.users
-        start, *rest = total.args if total.target is torch.add and not total.kwargs else (None,)
-        if rest != [node] or not isinstance(start, fx.Node) or start is node:
-            continue
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        if dtype(start) != dtype(source) or dtype(total) != dtype(start) or not same_shape(start, total):
-            continue
-        if value(start) is None or shape(start) != shape(source):
-            continue
-        total.prepend(node)  # the stream may be made after what the FFN reads
-        node.update_arg(3, start)
-        node.meta = dict(total.meta)
-        total.replace_all_uses_with(node)
-        graph.erase_node(total)
-        done.append(node)
-    return done
+    return graph.call_function(WIDE_FFN, arguments)
 
 
 def _runs_on(weight: torch.Tensor) -> bool:

@@ -142,7 +142,7 @@ def test_float32_that_may_be_rounded_to_tf32_is_cublass(
 
 def merged(model: Stream, kernels: str = "fxfuse") -> Traced:
     traced = trace(model, vectors())
-    apply_plan(traced.gm, Plan(), names=traced.names, merge=True, kernels=kernels)  # type: ignore[arg-type]
+    apply_plan(traced.gm, Plan(), names=traced.names, merge_gate_up=True, kernels=kernels)  # type: ignore[arg-type]
     return traced
 
 
@@ -225,7 +225,7 @@ def test_on_a_gpu_an_ffn_alone_is_a_kernels_where_that_is_modelled_to_pay(
     monkeypatch.setattr(gpus, "of_device", lambda device: gpus.find("h100"))
     monkeypatch.setattr(cost, "pays", modelled)
     traced = on_a_gpu(trace(ready(Stream(SwiGLU(), SwiGLU())), vectors()), torch.bfloat16)
-    apply_plan(traced.gm, Plan(), names=traced.names, merge=True)
+    apply_plan(traced.gm, Plan(), names=traced.names, merge_gate_up=True)
 
     assert len(calls(traced)) == (2 if pays else 0)
     tokens = vectors().numel() // WIDTH

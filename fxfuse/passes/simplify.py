@@ -7,18 +7,49 @@ hand, idle dropout, added zeros, and copies that nobody writes to or hands out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from fxfuse.graph.ops import VIEWS, Op, drops_randomly, op
 from fxfuse.graph.order import written_memory
-from fxfuse.graph.surgery import erase_dead, transaction
+from fxfuse.graph.surgery import erase_dead
 from fxfuse.graph.values import dtype, same_shape, value
-from fxfuse.passes.base import Edit, PassReport
+from fxfuse.passes.base import Control, Edit, Pass, PassReport
+from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.normalise.dialect import translate
 from fxfuse.passes.normalise.normal import normalise
 from fxfuse.passes.normalise.sizes import record_sizes
+from fxfuse.passes.runner import run
+
+
+@dataclass(frozen=True)
+class Simplify(Pass):
+    """See :func:`simplify`."""
+
+    name = "simplify"
+    canonical = False
+    inputs: Sequence[object] | None = None
+
+    def run(self, graph: Canonical, control: Control) -> PassReport:
+        report = PassReport(self.name)
+        gm = graph.gm
+        report.done += [Edit((node,), action) for node, action in normalise(gm)]
+        if self.inputs is not None and record_sizes(gm, self.inputs):
+            report.done.append(Edit((), "recorded the sizes of all values"))
+            report.done += [Edit((name,), "translated") for name in translate(gm.graph)]  # what only sizes tell
+        written = written_memory(gm.graph)
+        for node in list(gm.graph.nodes):
+            call = op(node)
+            source = _identity(node, call) if call is not None else None
+            if call is None or source is None:
+                continue
+            if written.keys().isdisjoint(node.all_input_nodes) and node not in written:
+                node.replace_all_uses_with(source)
+                erase_dead(gm.graph, [node])
+                report.done.append(Edit((node.name,), f"removed {call.name}"))
+        return report
 
 
 def simplify(gm: fx.GraphModule, inputs: Sequence[object] | None = None) -> PassReport:
@@ -34,23 +65,7 @@ def simplify(gm: fx.GraphModule, inputs: Sequence[object] | None = None) -> Pass
     Raises:
         CaptureError, OptionError: the graph does not run on ``inputs``.
     """
-    report = PassReport("simplify")
-    with transaction(gm):
-        report.done += normalise(gm)
-        if inputs is not None and record_sizes(gm, inputs):
-            report.done.append(Edit((), "recorded the sizes of all values"))
-            report.done += [Edit((name,), "translated") for name in translate(gm.graph)]  # what only sizes tell
-        written = written_memory(gm.graph)
-        for node in list(gm.graph.nodes):
-            found = op(node)
-            if found is None:
-                continue
-            source = _identity(node, found)
-            if source is not None and written.keys().isdisjoint(node.all_input_nodes) and node not in written:
-                node.replace_all_uses_with(source)
-                erase_dead(gm.graph, [node])
-                report.done.append(Edit((node.name,), f"removed {found.name}"))
-    return report
+    return run(gm, Simplify(inputs))
 
 
 def _identity(node: fx.Node, found: Op) -> fx.Node | None:

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -195,10 +196,42 @@ VIEWS = frozenset(
 """Ops whose output may share memory with their input."""
 
 
+T = TypeVar("T")
+
+
+def _remembered(key: str, function: Callable[[fx.Node], T]) -> Callable[[fx.Node], T]:
+    """``function``, its answer kept on the node for as long as the target and the arguments are the same objects.
+
+    torch.fx makes new ones of arguments that change. Most questions about a graph are asked of each node many times.
+    """
+
+    def ask(node: fx.Node) -> T:
+        target, args, kwargs = node.target, node.args, node.kwargs
+        held: tuple[object, object, object, T] | None = node.__dict__.get(key)
+        if held is not None and held[0] is args and held[1] is kwargs and held[2] is target:
+            return held[3]
+        answer = function(node)
+        node.__dict__[key] = (args, kwargs, target, answer)
+        return answer
+
+    return ask
+
+
 def op(node: fx.Node) -> Op | None:
     """What ``node`` computes, in the vocabulary of this module, or None if the table does not know it."""
     if node.op not in ("call_function", "call_method"):
         return None
+    # What these compute depends on more than their arguments: on the values that the nodes are known to have.
+    return _op(node) if node.target in _OF_TWO or _may_cast(node.target) else _known_op(node)
+
+
+@cache
+def _may_cast(target: Target) -> bool:
+    row, _ = _row_of(target)
+    return row is not None and row.name == "cast"
+
+
+def _op(node: fx.Node) -> Op | None:
     target = node.target
     if target is getattr:
         return Op("t", {"input": node.args[0]}) if node.args[1] in ("T", "mT") else None
@@ -221,6 +254,9 @@ def op(node: fx.Node) -> Op | None:
     elif (row.name == "where" and len(args) != 3) or isinstance(args.get("shape"), torch.dtype):
         return None  # the places where a condition holds, the bits of a value: other ops of these names
     return Op(row.name, args, bool(mutated_arguments(node)))
+
+
+_known_op = _remembered("fxfuse_op", _op)
 
 
 def _nameless(node: fx.Node) -> Op | None:
@@ -374,8 +410,10 @@ def _written_parameters(target: torch._ops.OpOverload | torch._ops.OpOverloadPac
 
 def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     """The inputs that ``node`` writes to, by every convention that a traced graph uses for it."""
-    if node.op not in ("call_function", "call_method"):
-        return ()
+    return _known_mutated_arguments(node) if node.op in ("call_function", "call_method") else ()
+
+
+def _mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     target = node.target
     found: list[Argument] = []
     if isinstance(target, torch._ops.HigherOrderOperator):
@@ -393,6 +431,9 @@ def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     flat: list[fx.Node] = []
     fx.node.map_arg(found, flat.append)
     return tuple(flat)
+
+
+_known_mutated_arguments = _remembered("fxfuse_mutated_arguments", _mutated_arguments)
 
 
 def drops_randomly(found: Op) -> bool:

@@ -36,7 +36,7 @@ test: $(STAMP)
 	$(PYTEST) $(ARGS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow" tests/graph tests/passes tests/planning tests/test_plan.py tests/backend/test_options.py $(ARGS)
+	$(PYTEST) -m "not slow" tests/graph tests/passes tests/planning tests/golden tests/test_plan.py tests/backend/test_options.py $(ARGS)
 
 test-pythons:
 	@for python in python3.11 python3.12 python3.13; do \

@@ -30,6 +30,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # nor does each keep a pool of compilers of its own
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the pages of tests/golden anew")
+
+
 def pytest_report_header() -> str:
     """What the suite runs on: a failure elsewhere is told from one everywhere."""
     dtypes = [str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16) if onednn.computes(dtype)]

@@ -7,22 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfuse import Plan
 from fxfuse.cli.main import main
+from tests.models.bodies import SwiGLU
 
 TINY = f"{__name__}:tiny"
-
-
-class SwiGLU(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Tiny(nn.Module):
@@ -32,7 +23,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(16, 8)
         self.norms = nn.ModuleList(nn.RMSNorm(8) for _ in range(3))
-        self.mlps = nn.ModuleList(SwiGLU() for _ in range(3))
+        self.mlps = nn.ModuleList(SwiGLU(bias=True) for _ in range(3))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         h = self.embed(input_ids)

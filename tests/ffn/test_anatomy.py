@@ -16,6 +16,7 @@ from fxfuse.passes import simplify
 from fxfuse.stream.branch import Branch
 from tests.models import spec as s
 from tests.models.blocks import (
+    GPT2MLP,
     HIDDEN,
     MLP,
     WIDTH,
@@ -189,28 +190,6 @@ def test_a_gain_of_one_plus_w_is_one_weight_only_value() -> None:
 def traced_weights(traced: Traced) -> list[tuple[str, Tensor]]:
     placeholders = traced.gm.graph.find_nodes(op="placeholder")
     return [(traced.names[n], v) for n, v in zip(placeholders, traced.inputs, strict=True) if n in traced.names]
-
-
-class Conv1D(nn.Module):
-    """GPT-2's: an addmm with the weight as [in, out], on flattened rows."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, out))
-        self.bias = nn.Parameter(torch.empty(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        made = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
-        return made.view(*x.shape[:-1], -1)
-
-
-class GPT2MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = Conv1D(WIDTH, HIDDEN), Conv1D(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.down(F.gelu(self.up(x), approximate="tanh")), 0.1, self.training)
 
 
 class MatmulFFN(nn.Module):

@@ -11,15 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxfuse.graph.order import Stuck, hazards, overwritten, regions, rewrites, sort, writes_in_vain, written_memory
 from tests.models.blocks import trace, vectors
-
-
-def traced(f: Callable[..., object]) -> fx.Graph:
-    return fx.Tracer().trace(f)
-
-
-def node(graph: fx.Graph, name: str) -> fx.Node:
-    (found,) = [n for n in graph.nodes if n.name == name]
-    return found
+from tests.models.capture import graph_of, node_of
 
 
 def names(graph: fx.Graph) -> list[str]:
@@ -32,7 +24,7 @@ def resort(graph: fx.Graph) -> None:
 
 
 def test_a_graph_in_order_stays_as_it_is() -> None:
-    graph = traced(lambda x, y: (x.sin() + y.cos()) * x)
+    graph = graph_of(lambda x, y: (x.sin() + y.cos()) * x)
     before = names(graph)
 
     resort(graph)
@@ -41,8 +33,8 @@ def test_a_graph_in_order_stays_as_it_is() -> None:
 
 
 def test_a_node_is_moved_behind_what_it_reads_and_nothing_else_moves() -> None:
-    graph = traced(lambda x: (x.sin(), x.cos(), x.exp()))
-    node(graph, "sin").replace_input_with(node(graph, "x"), node(graph, "exp"))
+    graph = graph_of(lambda x: (x.sin(), x.cos(), x.exp()))
+    node_of(graph, "sin").replace_input_with(node_of(graph, "x"), node_of(graph, "exp"))
 
     resort(graph)
 
@@ -50,14 +42,14 @@ def test_a_node_is_moved_behind_what_it_reads_and_nothing_else_moves() -> None:
 
 
 def test_a_cycle_is_reported_with_the_nodes_that_wait() -> None:
-    graph = traced(lambda x: (x.sin().cos().exp(), x.tanh()))
+    graph = graph_of(lambda x: (x.sin().cos().exp(), x.tanh()))
     hazard, region = hazards(graph), regions(graph)
-    node(graph, "sin").replace_input_with(node(graph, "x"), node(graph, "exp"))
+    node_of(graph, "sin").replace_input_with(node_of(graph, "x"), node_of(graph, "exp"))
 
     with pytest.raises(Stuck) as caught:
         sort(graph, hazard, region)
 
-    assert caught.value.first is node(graph, "sin")
+    assert caught.value.first is node_of(graph, "sin")
     assert {n.name for n in caught.value.nodes} == {"sin", "cos", "exp", "output"}
 
 
@@ -69,11 +61,11 @@ def test_a_read_stays_between_the_writes_that_it_stood_between() -> None:
         cache.add_(1)
         return before, between
 
-    graph = traced(f)
+    graph = graph_of(f)
     hazard, region = hazards(graph), regions(graph)
     output = graph.output_node()
     for late in ("sin", "copy_", "cos"):  # as a rewrite that is careless about memory would leave it
-        output.prepend(node(graph, late))
+        output.prepend(node_of(graph, late))
 
     sort(graph, hazard, region)
 
@@ -98,12 +90,12 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_write_through_a_view_is_a_write_to_the_whole(name: str) -> None:
     view = VIEWS[name]
-    graph = traced(lambda x: (view(x).add_(1), x.sin()))
+    graph = graph_of(lambda x: (view(x).add_(1), x.sin()))
 
     memory = written_memory(graph)
 
-    assert node(graph, "x") in memory
-    assert node(graph, "add_") in hazards(graph)[node(graph, "sin")]
+    assert node_of(graph, "x") in memory
+    assert node_of(graph, "add_") in hazards(graph)[node_of(graph, "sin")]
 
 
 COPIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,10 +109,10 @@ COPIES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", COPIES)
 def test_a_write_to_a_copy_is_no_write_to_the_original(name: str) -> None:
     copy = COPIES[name]
-    graph = traced(lambda x: (copy(x).add_(1), x.sin()))
+    graph = graph_of(lambda x: (copy(x).add_(1), x.sin()))
 
-    assert node(graph, "x") not in written_memory(graph)
-    assert not hazards(graph).get(node(graph, "sin"))
+    assert node_of(graph, "x") not in written_memory(graph)
+    assert not hazards(graph).get(node_of(graph, "sin"))
 
 
 def test_a_cast_shares_memory_only_if_it_casts_nothing() -> None:
@@ -141,14 +133,14 @@ def test_an_op_with_a_schema_is_taken_by_its_word() -> None:
         fresh, view = torch.ops.aten.cumsum.default(x, 0), torch.ops.aten.diagonal.default(x)
         return torch.ops.aten.add_.Tensor(fresh, 1), torch.ops.aten.add_.Tensor(view, 1)
 
-    memory = written_memory(traced(f))
+    memory = written_memory(graph_of(f))
 
     assert {n.name for n in memory} == {"cumsum_default", "add__tensor", "x", "diagonal_default", "add__tensor_1"}
     assert len(set(memory.values())) == 2
 
 
 def test_a_graph_without_writes_has_no_hazards() -> None:
-    graph = traced(lambda x: x.view(-1).sin() + x[0])
+    graph = graph_of(lambda x: x.view(-1).sin() + x[0])
 
     assert not hazards(graph)
     assert not written_memory(graph)
@@ -163,7 +155,7 @@ def test_what_is_written_after_it_was_made_is_overwritten() -> None:
         last = h.mul_(3)
         return view, other, last
 
-    graph = traced(f)
+    graph = graph_of(f)
 
     assert {n.name for n in overwritten(graph)} == {"mul", "view"}
 
@@ -219,7 +211,7 @@ def test_a_write_to_memory_of_its_own_is_told_from_one_that_others_see() -> None
         part.neg_()
         return own + seen
 
-    graph = traced(f)
+    graph = graph_of(f)
 
     found = {n.name for n in graph.nodes if n.op == "call_method" and n.name.endswith(("_", "_1", "_2"))}
     private = {n.name for n in graph.nodes if n.name in found and writes_in_vain(n)}

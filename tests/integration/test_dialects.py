@@ -23,6 +23,7 @@ from fxfuse.passes import REPORTS, apply_plan, drop, fuse_ffn, merge_gate_up, pa
 from fxfuse.stream.branch import number_of_parameters
 from fxfuse.stream.finder import find_streams
 from tests.models.blocks import (
+    GLU,
     HIDDEN,
     MLP,
     WIDTH,
@@ -51,15 +52,6 @@ class GeGLU(nn.Module):
         return self.dropout(self.down(self.act(self.gate(x)) * self.up(x)))
 
 
-class GLU(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.glu, self.down = nn.Linear(WIDTH, 2 * HIDDEN), nn.GLU(), nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.glu(self.up(x)))
-
-
 class InPlace(MLP):
     """An activation that overwrites what it gets."""
 
@@ -77,7 +69,7 @@ KINDS: tuple[tuple[Callable[[], nn.Module], Callable[[], nn.Module]], ...] = (
     (lambda: SwiGLU(bias=True), lambda: nn.LayerNorm(WIDTH)),
     (PackedSwiGLU, lambda: nn.RMSNorm(WIDTH, eps=1e-5)),
     (GeGLU, lambda: nn.LayerNorm(WIDTH)),
-    (GLU, lambda: nn.RMSNorm(WIDTH, eps=1e-5)),
+    (lambda: GLU(nn.GLU()), lambda: nn.RMSNorm(WIDTH, eps=1e-5)),
     (Squared, lambda: nn.LayerNorm(WIDTH, bias=False)),
     (InPlace, lambda: nn.LayerNorm(WIDTH, elementwise_affine=False)),
 )

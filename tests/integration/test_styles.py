@@ -18,6 +18,8 @@ from fxfuse import Plan
 from fxfuse.passes import REPORTS, PassReport, apply_plan
 from tests.models import spec as s
 from tests.models.blocks import (
+    GLU,
+    GPT2MLP,
     HIDDEN,
     MLP,
     WIDTH,
@@ -35,17 +37,6 @@ from tests.models.blocks import (
 )
 from tests.models.bodies import FFNBody
 from tests.models.norms import make_norm
-
-
-class GLU(nn.Module):
-    """One packed projection and F.glu, or the module of that name."""
-
-    def __init__(self, glu: Callable[[Tensor], Tensor] = F.glu) -> None:
-        super().__init__()
-        self.up, self.down, self.glu = nn.Linear(WIDTH, 2 * HIDDEN), nn.Linear(HIDDEN, WIDTH), glu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.glu(self.up(x)))
 
 
 def tensor_split_glu(x: Tensor) -> Tensor:
@@ -66,26 +57,6 @@ class Matrices(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.products
         return down(F.gelu(up(x, self.w1)), self.w2)
-
-
-class Conv1D(nn.Module):
-    """GPT-2's."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(width, out)), nn.Parameter(torch.empty(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
-
-
-class GPT2(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c_fc, self.c_proj = Conv1D(WIDTH, HIDDEN), Conv1D(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.1, self.training)
 
 
 class Changed(SwiGLU):
@@ -266,7 +237,7 @@ WIDE: dict[str, Callable[[], Layer | nn.Module]] = {
     "attention beside it, one norm": lambda: Beside(own_norm=False),
     "attention beside it, two norms": lambda: Beside(own_norm=True),
     "flattened to two dimensions": bare(s.FFN(flat=True, bias=(True, True, True))),
-    "conv1d of gpt-2": GPT2,
+    "conv1d of gpt-2": GPT2MLP,
     "x @ w": lambda: Matrices(torch.matmul, torch.matmul, shapes="[in, out]"),
     "x @ w.T": lambda: Matrices(lambda x, w: x @ w.T, lambda x, w: x @ w.transpose(0, 1)),
     "einsum": lambda: Matrices(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import Plan, PlanError
 from tests.model.test_pruning import logits
+from tests.models.bodies import SwiGLU
 from tests.models.checks import assert_exact
-from tests.models.tiny import SwiGLU, Tower, llama, planned, tokens, vectors
+from tests.models.tiny import Tower, llama, planned, tokens, vectors
 
 GROUP = Plan(parallel=[["layers.0.mlp", "layers.1.mlp"]])
 Way = Callable[[Any, Tensor], Any]
@@ -166,7 +167,7 @@ class ByMethod(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(8), SwiGLU(8, 12)
+        self.norm, self.mlp = nn.LayerNorm(8), SwiGLU(bias=True)
 
     def branch(self, h: Tensor) -> Tensor:
         return self.mlp.down(torch.relu(self.mlp.up(self.norm(h))))

@@ -18,6 +18,7 @@ from fxfuse.graph.ops import is_impure
 from fxfuse.graph.surgery import copy_graph
 from fxfuse.stream.branch import Branch
 from fxfuse.stream.finder import ResidualStream, find_streams
+from tests.models.bodies import SwiGLU, TransposedLinear
 
 WIDTH = 8
 HIDDEN = 12
@@ -123,20 +124,6 @@ def assert_same(got: tuple[Tensor, ...], expected: object) -> None:
         torch.testing.assert_close(one, other.detach(), rtol=1e-10, atol=1e-10)
 
 
-class SwiGLU(nn.Module):
-    def __init__(self, hidden: int = HIDDEN, bias: bool = False, up_first: bool = False) -> None:
-        super().__init__()
-        self.gate = nn.Linear(WIDTH, hidden, bias=bias)
-        self.up = nn.Linear(WIDTH, hidden, bias=bias)
-        self.down = nn.Linear(hidden, WIDTH, bias=bias)
-        self.up_first = up_first
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.up_first:
-            return self.down(self.up(x) * F.silu(self.gate(x)))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class PackedSwiGLU(nn.Module):
     def __init__(self, hidden: int = HIDDEN, bias: bool = False) -> None:
         super().__init__()
@@ -157,6 +144,26 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
+
+
+class GLU(nn.Module):
+    """One packed projection and F.glu, or the module of that name."""
+
+    def __init__(self, glu: Callable[[Tensor], Tensor] = F.glu) -> None:
+        super().__init__()
+        self.up, self.down, self.glu = nn.Linear(WIDTH, 2 * HIDDEN), nn.Linear(HIDDEN, WIDTH), glu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.glu(self.up(x)))
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = TransposedLinear(WIDTH, HIDDEN), TransposedLinear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.down(F.gelu(self.up(x), approximate="tanh")), 0.1, self.training)
 
 
 class Attention(nn.Module):

@@ -43,6 +43,20 @@ class TransposedLinear(nn.Module):
         return flat.view(*x.shape[:-1], -1)
 
 
+class SwiGLU(nn.Module):
+    def __init__(self, hidden: int = 12, bias: bool = False, up_first: bool = False, width: int = 8) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=bias)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+        self.up_first = up_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up_first:
+            return self.down(self.up(x) * F.silu(self.gate(x)))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 class FFNBody(nn.Module):
     """Gated or plain, packed or not; the fields of the spec decide the spelling, never the mathematics of a name."""
 

@@ -1,4 +1,4 @@
-"""Graphs of a model, by every road that the library accepts."""
+"""Graphs of a model, by every road that the library accepts, and of a function."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def exported(model: nn.Module, *args: Tensor, strict: bool) -> fx.GraphModule:
         module = torch.export.export(model, args, strict=strict).module()
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+def graph_of(f: Callable[..., object]) -> fx.Graph:
+    """The graph of a function, as symbolic tracing writes it."""
+    return fx.Tracer().trace(f)
+
+
+def node_of(graph: fx.Graph, name: str) -> fx.Node:
+    (node,) = [node for node in graph.nodes if node.name == name]
+    return node
 
 
 def as_tuple(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:

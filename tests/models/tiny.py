@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from tests.models.bodies import SwiGLU
 
 Member = str | Sequence[str]
 Parallel = Sequence[Sequence[Member]]
@@ -128,22 +129,11 @@ def planned(model: Any, drop: Collection[str] = (), parallel: Parallel = ()) -> 
     return made
 
 
-class SwiGLU(nn.Module):
-    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
-        super().__init__()
-        self.gate = nn.Linear(width, hidden, bias)
-        self.up = nn.Linear(width, hidden, bias)
-        self.down = nn.Linear(hidden, width, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class Layer(nn.Module):
     def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.mlp = SwiGLU(width, hidden, bias)
+        self.mlp = SwiGLU(hidden, bias, width=width)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.mlp(self.norm(h))

@@ -31,7 +31,7 @@ from tests.models.blocks import (
     trace,
     vectors,
 )
-from tests.models.chains import Cached, CrossLayer, IndexedExperts, InPlace, KeyOutputs, Parallel, Tapped, Tokens
+from tests.models.decoders import Cached, CrossLayer, IndexedExperts, InPlace, KeyOutputs, Parallel, Tapped, Tokens
 
 BRANCHES = ["layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp"]
 

@@ -33,20 +33,8 @@ from tests.models.blocks import (
     vectors,
 )
 from tests.models.bodies import FFNBody
+from tests.models.decoders import Side
 from tests.models.norms import make_norm
-
-
-class Side(Stream):
-    """Branches side by side: all read one point, and their sum is added there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.sum(self.start(x))
-
-    def sum(self, h: Tensor) -> Tensor:
-        out = h
-        for layer in self.layers:
-            out = layer.add(out, layer.branch(h))
-        return out
 
 
 class Sides(nn.Module):

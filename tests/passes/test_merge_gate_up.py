@@ -28,6 +28,7 @@ from tests.models.blocks import (
     vectors,
 )
 from tests.models.bodies import FFNBody
+from tests.models.decoders import Side
 
 
 class Three(SwiGLU):
@@ -136,16 +137,6 @@ class Post(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.post(self.body(x))
-
-
-class Side(Stream):
-    """Branches side by side: all read one point, and their sum is added there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = out = self.start(x)
-        for layer in self.layers:
-            out = layer.add(out, layer.branch(h))
-        return out
 
 
 def post(body: nn.Module, norm: nn.Module | None = None) -> Layer:

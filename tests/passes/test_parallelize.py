@@ -29,11 +29,7 @@ from tests.models.blocks import (
     trace,
     vectors,
 )
-from tests.models.chains import Cached, CrossLayer, InPlace, LateKeys, Parallel, SharedCache, Tapped
-
-
-class Deep(Decoder):
-    depth = 3
+from tests.models.decoders import Cached, CrossLayer, Deep, InPlace, LateKeys, Parallel, SharedCache, Tapped
 
 
 @cache

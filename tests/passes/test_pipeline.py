@@ -14,7 +14,6 @@ from fxfuse.passes.pipeline import CUT
 from fxfuse.plan import Plan
 from tests.models.blocks import (
     WIDTH,
-    Decoder,
     Stream,
     SwiGLU,
     Traced,
@@ -27,11 +26,7 @@ from tests.models.blocks import (
     trace,
     vectors,
 )
-from tests.models.chains import InPlace, LateKeys
-
-
-class Deep(Decoder):
-    depth = 3
+from tests.models.decoders import Deep, InPlace, LateKeys, Tied
 
 
 @cache
@@ -114,16 +109,6 @@ def test_sums_in_place_follow_a_plan(road: str) -> None:
     h = vectors() * 1.5
     h = h + model.branch(0, h) + model.branch(2, h)
     assert_same(made(), h + model.branch(1, h))
-
-
-class Tied(Decoder):
-    """The FFN of layer 0 is that of layer 2; so the names of both are numbers in stream order."""
-
-    depth = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers[2].mlp = self.layers[0].mlp
 
 
 @on_both_roads

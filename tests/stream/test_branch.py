@@ -26,6 +26,7 @@ from tests.models.blocks import (
     trace,
     vectors,
 )
+from tests.models.decoders import Tied
 
 
 def names(traced: Traced) -> list[str]:
@@ -209,14 +210,6 @@ def test_buffers_of_the_whole_model_take_no_name_away(road: str) -> None:
     traced = trace(ready(Angles()), vectors(), road=road)
 
     assert names(traced) == [f"layers.{index}.{part}" for index in range(Angles.depth) for part in ("attn", "mlp")]
-
-
-class Tied(Decoder):
-    depth = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers[2].mlp = self.layers[0].mlp
 
 
 @on_both_roads

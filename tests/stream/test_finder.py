@@ -28,6 +28,7 @@ from tests.models.blocks import (
     trace,
     vectors,
 )
+from tests.models.decoders import CrossLayer, Tapped
 
 
 @on_every_road
@@ -172,18 +173,6 @@ def test_a_sum_of_embeddings_is_no_branch(road: str) -> None:
     assert found.name == "add"
 
 
-class Tapped(Decoder):
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        h = x * 1.5
-        taps = [h]
-        for layer in self.layers:
-            h = h + layer.attn(layer.attn_norm(h))
-            taps.append(h)
-            h = h + layer.mlp(layer.mlp_norm(h))
-            taps.append(h.mean(1))
-        return (h, *taps)
-
-
 @on_both_roads
 def test_hidden_states_that_the_model_returns_are_points_of_the_stream(road: str) -> None:
     traced = trace(ready(Tapped()), vectors(), road=road)
@@ -276,22 +265,6 @@ def test_an_encoder_and_a_decoder_are_two_streams(road: str) -> None:
     own = [f"{part}" for i in range(2) for part in (f"decoder.{i}.attn", f"cross.{i}", f"decoder.{i}.mlp")]
     assert list(levels(decoder)) == own
     assert list(levels(decoder).values()) == list(range(6))
-
-
-class CrossLayer(Decoder):
-    """Layer 1 uses the keys of layer 0, and layer 2 mixes its own values with those of layer 0."""
-
-    depth = 3
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x * 1.5
-        key, value = self.layers[0].attn.key_value(self.layers[0].attn_norm(h))
-        for index, layer in enumerate(self.layers):
-            y = layer.attn_norm(h)
-            k, v = (key, value) if index < 2 else layer.attn.key_value(y)
-            h = h + layer.attn.attend(y, k, v if index < 2 else 0.5 * v + 0.5 * value)
-            h = h + layer.mlp(layer.mlp_norm(h))
-        return h
 
 
 @on_both_roads

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.handmade import LAYERS as BY_HAND
-from tests.models.handmade import NanoGPT
+from tests.models.well_known import LAYERS as BY_HAND
+from tests.models.well_known import NanoGPT
 from tests.zoo.anatomy import Block, Site, dissect
 from tests.zoo.check import Result, check
 from tests.zoo.configs import HEADS, LAYERS, WIDTH, tiny

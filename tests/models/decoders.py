@@ -1,4 +1,4 @@
-"""Decoders with the habits that make rewriting hard: shared keys, caches, taps, writes in place."""
+"""Streams and decoders with the habits that make rewriting hard: shared keys, caches, taps, writes in place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.blocks import WIDTH, Decoder, Stream, SwiGLU
+
+
+class Deep(Decoder):
+    """Three layers."""
+
+    depth = 3
+
+
+class Tied(Decoder):
+    """The FFN of layer 0 is that of layer 2; so the names of both are numbers in stream order."""
+
+    depth = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[2].mlp = self.layers[0].mlp
 
 
 class Parallel(Decoder):
@@ -153,6 +169,19 @@ class SharedCache(Decoder):
             self.keys.copy_(key)
             h = h + layer.attn.attend(y, self.keys, value)
         return h
+
+
+class Side(Stream):
+    """Branches side by side: all read one point, and their sum is added there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sum(self.start(x))
+
+    def sum(self, h: Tensor) -> Tensor:
+        out = h
+        for layer in self.layers:
+            out = layer.add(out, layer.branch(h))
+        return out
 
 
 class InPlace(Stream):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxfuse.bench.timing import Samples, clock_of, interleave
+from fxfuse.data.batches import cache_keyword, cache_of
 from fxfuse.errors import FxfuseError
 from fxfuse.model.force import uncompiled
 
@@ -63,8 +64,10 @@ def _step(program: Program, cache: object, token: Tensor) -> Callable[[], object
     if crop is None:
         raise FxfuseError(f"a {type(cache).__name__} cannot be cut back, so a decode step cannot be timed")
 
+    keyword = cache_keyword(program)
+
     def step() -> object:
-        output = program(input_ids=token, past_key_values=cache, use_cache=True)
+        output = program(input_ids=token, use_cache=True, **{keyword: cache})
         crop(-1)
         return output
 
@@ -78,7 +81,7 @@ def filled_cache(model: nn.Module, ids: Tensor) -> object:
         FxfuseError: it leaves none.
     """
     with torch.no_grad(), uncompiled(model):
-        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+        cache = cache_of(model(input_ids=ids, use_cache=True))
     if cache is None:
         raise FxfuseError("the model returns no KV cache")
     return cache

@@ -37,26 +37,37 @@ class Latency:
     samples: Samples
 
 
-def prefill(programs: Mapping[str, Program], ids: Tensor, repeats: int) -> Latency:
-    """Time each program on the prompt ``ids`` ``[batch, tokens]``."""
+def prefill(programs: Mapping[str, Program], ids: Tensor, repeats: int, progress: bool = False) -> Latency:
+    """Time each program on the prompt ``ids`` ``[batch, tokens]``; ``progress`` shows on stderr how far it is."""
 
     def call(program: Program) -> Callable[[], object]:
         return lambda: program(input_ids=ids, use_cache=False)
 
     with torch.no_grad():
         calls = {name: call(program) for name, program in programs.items()}
-        return Latency("prefill", ids.shape[1], interleave(calls, repeats, SAMPLE, clock_of(ids.device)))
+        return _latency("prefill", calls, ids, repeats, progress)
 
 
-def decode(programs: Mapping[str, Program], caches: Mapping[str, object], ids: Tensor, repeats: int) -> Latency:
+def decode(
+    programs: Mapping[str, Program], caches: Mapping[str, object], ids: Tensor, repeats: int, progress: bool = False
+) -> Latency:
     """Time each program on one more token after ``ids`` ``[batch, tokens]``, which its cache holds.
+
+    ``progress`` shows on stderr how far it is.
 
     Raises:
         FxfuseError: a cache cannot be cut back after each step.
     """
     with torch.no_grad():
         calls = {name: _step(program, caches[name], ids[:, -1:]) for name, program in programs.items()}
-        return Latency("decode", ids.shape[1], interleave(calls, repeats, SAMPLE, clock_of(ids.device)))
+        return _latency("decode", calls, ids, repeats, progress)
+
+
+def _latency(
+    phase: str, calls: Mapping[str, Callable[[], object]], ids: Tensor, repeats: int, progress: bool
+) -> Latency:
+    samples = interleave(calls, repeats, SAMPLE, clock_of(ids.device), phase if progress else "")
+    return Latency(phase, ids.shape[1], samples)
 
 
 def _step(program: Program, cache: object, token: Tensor) -> Callable[[], object]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxfuse.bench.timing import Samples, clock_of, interleave
+from fxfuse.data.batches import cache_keyword, cache_of
 from fxfuse.errors import FxfuseError
 from fxfuse.model.force import uncompiled
 
@@ -36,26 +37,37 @@ class Latency:
     samples: Samples
 
 
-def prefill(programs: Mapping[str, Program], ids: Tensor, repeats: int) -> Latency:
-    """Time each program on the prompt ``ids`` ``[batch, tokens]``."""
+def prefill(programs: Mapping[str, Program], ids: Tensor, repeats: int, progress: bool = False) -> Latency:
+    """Time each program on the prompt ``ids`` ``[batch, tokens]``; ``progress`` shows on stderr how far it is."""
 
     def call(program: Program) -> Callable[[], object]:
         return lambda: program(input_ids=ids, use_cache=False)
 
     with torch.no_grad():
         calls = {name: call(program) for name, program in programs.items()}
-        return Latency("prefill", ids.shape[1], interleave(calls, repeats, SAMPLE, clock_of(ids.device)))
+        return _latency("prefill", calls, ids, repeats, progress)
 
 
-def decode(programs: Mapping[str, Program], caches: Mapping[str, object], ids: Tensor, repeats: int) -> Latency:
+def decode(
+    programs: Mapping[str, Program], caches: Mapping[str, object], ids: Tensor, repeats: int, progress: bool = False
+) -> Latency:
     """Time each program on one more token after ``ids`` ``[batch, tokens]``, which its cache holds.
+
+    ``progress`` shows on stderr how far it is.
 
     Raises:
         FxfuseError: a cache cannot be cut back after each step.
     """
     with torch.no_grad():
         calls = {name: _step(program, caches[name], ids[:, -1:]) for name, program in programs.items()}
-        return Latency("decode", ids.shape[1], interleave(calls, repeats, SAMPLE, clock_of(ids.device)))
+        return _latency("decode", calls, ids, repeats, progress)
+
+
+def _latency(
+    phase: str, calls: Mapping[str, Callable[[], object]], ids: Tensor, repeats: int, progress: bool
+) -> Latency:
+    samples = interleave(calls, repeats, SAMPLE, clock_of(ids.device), phase if progress else "")
+    return Latency(phase, ids.shape[1], samples)
 
 
 def _step(program: Program, cache: object, token: Tensor) -> Callable[[], object]:
@@ -63,8 +75,10 @@ def _step(program: Program, cache: object, token: Tensor) -> Callable[[], object
     if crop is None:
         raise FxfuseError(f"a {type(cache).__name__} cannot be cut back, so a decode step cannot be timed")
 
+    keyword = cache_keyword(program)
+
     def step() -> object:
-        output = program(input_ids=token, past_key_values=cache, use_cache=True)
+        output = program(input_ids=token, use_cache=True, **{keyword: cache})
         crop(-1)
         return output
 
@@ -78,7 +92,7 @@ def filled_cache(model: nn.Module, ids: Tensor) -> object:
         FxfuseError: it leaves none.
     """
     with torch.no_grad(), uncompiled(model):
-        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+        cache = cache_of(model(input_ids=ids, use_cache=True))
     if cache is None:
         raise FxfuseError("the model returns no KV cache")
     return cache

@@ -22,6 +22,7 @@ from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
+from fxfuse._common.progress import bar
 from fxfuse.errors import FxfuseError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def interleave(
     repeats: int,
     min_seconds: float = 0.05,
     clock: Callable[[], float] = time.perf_counter,
+    progress: str = "",
 ) -> Samples:
     """Time every function once a round, in the given order and back again by turns, for ``repeats`` rounds.
 
@@ -69,19 +71,24 @@ def interleave(
         min_seconds: a sample repeats its call until it lasts about this long, so short calls are not lost in the
             resolution of the clock.
         clock: seconds; it must only return once the work is done (see `clock_of` for a GPU).
+        progress: what is timed, to show on stderr how far it is; nothing is shown if empty.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     calls = {}
-    for name, function in functions.items():
-        function()
-        calls[name] = max(1, round(min_seconds / max(_timed(function, 1, clock), 1e-9)))
+    with bar(f"{progress}: first calls, which compile", "programs", len(functions), bool(progress)) as advance:
+        for name, function in functions.items():
+            function()
+            calls[name] = max(1, round(min_seconds / max(_timed(function, 1, clock), 1e-9)))
+            advance(1)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions.items())
-    for _ in range(repeats):
-        for name, function in order:
-            seconds[name].append(_timed(function, calls[name], clock))
-        order.reverse()  # so that nobody always runs after the same one, or last in a round
+    with bar(f"{progress}: timing", "rounds", repeats, bool(progress), still=True) as advance:
+        for _ in range(repeats):
+            for name, function in order:
+                seconds[name].append(_timed(function, calls[name], clock))
+            order.reverse()  # so that nobody always runs after the same one, or last in a round
+            advance(1)
     return Samples({name: tuple(values) for name, values in seconds.items()})
 
 
@@ -125,10 +132,11 @@ def compare(
     inner: str = "inductor",
     min_seconds: float = 0.05,
     prepack: bool = False,
+    progress: bool = False,
 ) -> Comparison:
     """Compile the model of ``case`` with ``inner``, twice, and with ffnfuse under ``plan``; time its example call.
 
-    ``prepack`` is the option of the backend.
+    ``prepack`` is the option of the backend; ``progress`` shows on stderr how far it is.
 
     Raises:
         FxfuseError: whatever ffnfuse has to say about the plan.
@@ -145,12 +153,15 @@ def compare(
     device = next((p.device for p in case.model.parameters()), torch.device("cpu"))
     with torch.no_grad():
         try:
-            distance = relative_distance(calls[PLANNED](), calls[ORIGINAL]())
+            with bar(f"{phase}: compiling", "programs", 2, progress) as advance:
+                planned = calls[PLANNED]()
+                advance(1)
+                distance = relative_distance(planned, calls[ORIGINAL]())
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, FxfuseError):
                 raise error.inner_exception from error
             raise
-        samples = interleave(calls, repeats, min_seconds, clock_of(device))
+        samples = interleave(calls, repeats, min_seconds, clock_of(device), phase if progress else "")
     return Comparison(phase, samples, distance)
 
 

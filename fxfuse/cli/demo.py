@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from fxfuse._common.progress import bar
 from fxfuse.backend.applying import apply
 from fxfuse.backend.frontend import twin
 from fxfuse.bench.prefill_decode import Latency, Program, cache_bytes_per_token, decode, filled_cache, prefill
@@ -116,7 +117,7 @@ def run(loaded: Loaded, folder: Path, max_kl: float, sizes: Sizes, console: Cons
     text = python_documentation("plan")
     batches = list(batches_of(loaded, text, sizes.length, sizes.plan))
     decisions = decide(
-        recording, Choices(max_kl=max_kl, drop_share=DROP_SHARE, score="cosine"), model, batches, console.is_terminal
+        recording, Choices(max_kl=max_kl, drop_share=DROP_SHARE, score="cosine"), model, batches, progress=True
     )
     for decision in decisions:
         if decision.kl is not None:
@@ -148,7 +149,7 @@ def _recorded(loaded: Loaded, path: Path, sizes: Sizes, console: Console) -> Rec
         return recording
     batches = batches_of(loaded, python_documentation("record"), sizes.length, sizes.record)
     partial = path.with_name(f"{path.name}.partial")
-    recording = record(loaded.model, batches, resume=partial, progress=console.is_terminal, max_tokens=sizes.record)
+    recording = record(loaded.model, batches, resume=partial, progress=True, max_tokens=sizes.record)
     recording.save(path)
     partial.unlink(missing_ok=True)
     return recording
@@ -159,10 +160,13 @@ def _evaluated(
 ) -> dict[str, Metrics]:
     batches = list(batches_of(loaded, python_documentation("hold out"), sizes.length, sizes.evaluate))
     found = {}
-    for name, model in programs.items():
-        if name in plans:
-            apply(model, plans[name], inner="eager")
-        found[name] = evaluate(model, batches, None if name == ORIGINAL else programs[ORIGINAL])
+    with bar("evaluating", "programs", len(programs), True) as advance:
+        for name, model in programs.items():
+            if name in plans:
+                apply(model, plans[name], inner="eager")
+            reference = None if name == ORIGINAL else programs[ORIGINAL]
+            found[name] = evaluate(model, batches, reference, progress=True)
+            advance(1)
     return found
 
 
@@ -188,8 +192,9 @@ def _timed(
     compiled = {name: _compiled(first, None, inner) for name in (ORIGINAL, AGAIN)}
     compiled |= {UNPLANNED: _compiled(first, Plan(), inner)}
     compiled |= {name: _compiled(programs[name], plan, inner) for name, plan in plans.items()}
-    caches = {name: filled_cache(programs.get(name, programs[ORIGINAL]), context) for name in compiled}
-    return (prefill(compiled, prompt, repeats // 2 + 1), decode(compiled, caches, context, repeats)), held
+    prompted = prefill(compiled, prompt, repeats // 2 + 1, progress=True)
+    caches = {name: filled_cache(programs.get(name, first), context) for name in compiled}
+    return (prompted, decode(compiled, caches, context, repeats, progress=True)), held
 
 
 def _compiled(model: nn.Module, plan: Plan | None, inner: str) -> Program:

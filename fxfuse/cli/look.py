@@ -100,7 +100,8 @@ def bench(
     phases = {"prefill": loaded, "decode": loaded.with_tokens(length=1)} if loaded.reads_tokens else {"call": loaded}
     machine = timing.Machine.here()
     comparisons = [
-        timing.compare(phase, case, chosen, repeats, compiler, prepack=prepack) for phase, case in phases.items()
+        timing.compare(phase, case, chosen, repeats, compiler, prepack=prepack, progress=not json)
+        for phase, case in phases.items()
     ]
     if json:
         typer.echo(timing.to_json(machine, comparisons))

@@ -6,6 +6,7 @@ A batch is a mapping of the model's keyword arguments; any iterable of batches s
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
@@ -123,6 +124,17 @@ def logits_of(output: object) -> Tensor | None:
     elif not isinstance(output, Tensor):
         output = getattr(output, "logits", None)
     return output if isinstance(output, Tensor) and _is_logits(output, 2) else None
+
+
+def cache_keyword(model: Model) -> str:
+    """The name under which ``model``, compiled or not, takes a KV cache: transformers renames ``past_key_values``."""
+    call = type(original(model)).forward if isinstance(model, nn.Module) else model
+    return "cache" if "cache" in inspect.signature(call).parameters else "past_key_values"
+
+
+def cache_of(output: object) -> object:
+    """The KV cache in what a model returned, by either of its names, or None."""
+    return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
 
 
 def _is_logits(value: object, dimensions: int) -> bool:

@@ -103,7 +103,7 @@ def evaluate(
         reference: the model that ``model`` stands for; it is called with the same batches; each call gets its own
             copy of what holds state, such as a KV cache.
         max_tokens: count no more predicted tokens than this.
-        progress: show a bar on stderr.
+        progress: show on stderr how far it is, as a bar or, without a terminal, in lines.
         confidence: of the intervals, between 0 and 1.
 
     The means are ratios of two sums over sequences, of scores and of tokens. Their variance is that of the ratio

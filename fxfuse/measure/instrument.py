@@ -77,12 +77,9 @@ class Instrumented:
     """
 
     def __init__(self, gm: fx.GraphModule, names: dict[fx.Node, str], max_group: int) -> None:
-        order = {node: index for index, node in enumerate(gm.graph.nodes)}
         self.places = tuple(
             Place(branch, number, stream, each, adds)
-            for number, stream in enumerate(
-                sorted(find_streams(gm, names), key=lambda stream: order[stream.sums[0].out])
-            )
+            for number, stream in enumerate(find_streams(gm, names))
             for adds, each in enumerate(stream.sums)
             for branch in each.branches
         )

@@ -58,7 +58,7 @@ def record(
         resume: a file that keeps the state after each batch; where it exists, the batches that it has seen are passed
             over, if they are the same. An interrupted recording ends with the same numbers as one that was not. Remove
             it when done.
-        progress: show a bar on stderr.
+        progress: show on stderr how far it is, as a bar or, without a terminal, in lines.
 
     Raises:
         CaptureError: the model cannot be traced to one graph, or a part of it cannot be run twice.

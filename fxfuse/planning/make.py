@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
 from fxfuse._common.bounds import check_bound, check_count
+from fxfuse._common.progress import bar
 from fxfuse.data.batches import Batch, original
 from fxfuse.errors import OptionError
 from fxfuse.measure.recording import Recording
 from fxfuse.plan import Plan
-from fxfuse.planning.budget import search
+from fxfuse.planning.budget import Cost, search
 from fxfuse.planning.decisions import Decision, plan_of, propose
 from fxfuse.planning.groups import Limits
 from fxfuse.planning.meter import Meter
@@ -59,7 +61,7 @@ def make_plan(
         drop_share: the part of ``max_kl`` that the drops may take, 0..1.
         max_tokens: measure on so many predicted tokens, not on all of ``batches``.
         search_tokens: compare edits on so many tokens only; the plan that comes out is measured on all of them.
-        progress: show a bar for each measurement.
+        progress: show on stderr how far it is.
 
     Raises:
         OptionError: an option out of range, or a model without batches or budget, or these without it.
@@ -127,13 +129,20 @@ def decide(
     recording.check(original(model))
     count = how_many(recording, choices.drop)
     meter = Meter(model, batches, choices.max_tokens, choices.search_tokens, progress)
-    return search(
-        recording,
-        cheapest(recording, None if count else 0, choices.score, choices.max_score),
-        choices.limits,
-        meter,
-        choices.max_kl,
-        count=count,
-        drop_share=choices.drop_share,
-        final=meter.final,
-    )
+    with bar("planning", "plans measured", None, progress) as advance:
+
+        def measured(cost: Cost, plan: Plan) -> float:
+            kl = cost(plan)
+            advance(1)
+            return kl
+
+        return search(
+            recording,
+            cheapest(recording, None if count else 0, choices.score, choices.max_score),
+            choices.limits,
+            partial(measured, meter),
+            choices.max_kl,
+            count=count,
+            drop_share=choices.drop_share,
+            final=partial(measured, meter.final),
+        )

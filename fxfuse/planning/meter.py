@@ -21,7 +21,7 @@ class Meter:
         batches: see :func:`fxfuse.evaluate`; the same ones in each measurement.
         max_tokens: how many predicted tokens :meth:`final` measures on; all, if None.
         search_tokens: how many all others do; ``max_tokens`` if None.
-        progress: show a bar for each measurement.
+        progress: show on stderr how far each measurement is.
     """
 
     def __init__(

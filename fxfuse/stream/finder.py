@@ -53,7 +53,9 @@ class ResidualStream:
 
 
 def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None) -> tuple[ResidualStream, ...]:
-    """All residual streams of ``gm``, longest first. Changes nothing and adds no guards.
+    """All residual streams of ``gm``, in the order of their first sums. Changes nothing and adds no guards.
+
+    A stream's place among them is its number, for whoever shows or records it.
 
     Args:
         gm: a graph of Dynamo or torch.export.
@@ -81,8 +83,8 @@ def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None)
             held = sum(len(other.sums) for other in inner if other.sums[0].out in branch.nodes)
             if held and branch.reason:
                 branch.reason += f", and holds {held} residual sum{'s' if held > 1 else ''} of its own"
-    in_order = sorted(kept, key=lambda stream: order[stream.sums[0].out])
-    name_branches([branch for stream in in_order for branch in stream.branches], weights, constant)
+    kept.sort(key=lambda stream: order[stream.sums[0].out])
+    name_branches([branch for stream in kept for branch in stream.branches], weights, constant)
     return tuple(kept)
 
 

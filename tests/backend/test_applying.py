@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fxfuse
 import fxfuse.model.force
 from fxfuse import Plan, PlanError
+from fxfuse.data.batches import cache_keyword
 from fxfuse.errors import OptionError, PruneError
 from fxfuse.model.pruning import Dropped
 from tests.model.test_pruning import attentions, greedy, in_steps, logits
@@ -313,7 +314,7 @@ class TestGenerate:
             with torch.no_grad():
                 for piece in ids.split((6, 2), 1):
                     positions = torch.arange(at, at + piece.shape[1])[None]
-                    outputs.append(each(piece, past_key_values=cache, position_ids=positions).logits)
+                    outputs.append(each(piece, position_ids=positions, **{cache_keyword(each): cache}).logits)
                     at += piece.shape[1]
             found.append(outputs)
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
 import torch
 
+import fxfuse._common.progress
 from fxfuse.bench.timing import Machine, Samples, clock_of, interleave
 
 
@@ -94,3 +97,21 @@ def test_the_clock_of_a_cpu_advances() -> None:
     clock = clock_of(torch.device("cpu"))
 
     assert clock() < clock()
+
+
+def test_first_calls_show_that_they_live_and_rounds_write_nothing_in_between(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fxfuse._common.progress, "EVERY", 0.05)
+    begun: list[int] = []
+
+    def compiling() -> None:
+        time.sleep(0.0 if begun else 0.2)
+        begun.append(threading.active_count())
+
+    threads = threading.active_count()
+    interleave({"a": compiling}, repeats=20, min_seconds=0.0, progress="decode")
+
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == "decode: first calls, which compile: 0 of 1 programs, 0:00"
+    assert begun == [threads + 1] * 2 + [threads] * 20  # who writes in between is gone when the rounds begin

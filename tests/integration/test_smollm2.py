@@ -11,6 +11,7 @@ import torch
 
 import fxfuse
 from fxfuse import Plan
+from fxfuse.data.batches import cache_of
 from fxfuse.data.loading import Loaded
 from tests.model.test_pruning import attentions, greedy
 from tests.models.checks import assert_exact
@@ -71,5 +72,5 @@ def test_an_applied_plan_generates_the_tokens_of_the_reference(smol: Loaded) -> 
     assert_exact(found[1], expected[1])
     assert sum(each.numel() for each in model.parameters()) == before - 3 * attention
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache: Any = cache_of(model(ids, use_cache=True))
     assert [index for index, layer in enumerate(cache.layers) if not layer.is_initialized] == [5, 6, 7]

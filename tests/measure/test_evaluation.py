@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import fxfuse
 from fxfuse import Plan
-from fxfuse.data.batches import check_batch, eval_mode, logits_of, on_device_of
+from fxfuse.data.batches import cache_keyword, check_batch, eval_mode, logits_of, on_device_of
 from fxfuse.errors import NotFiniteError, OptionError, PlanError, RecordError
 from fxfuse.measure.evaluation import Metrics, evaluate
 from tests.models.tiny import llama, planned, tokens
@@ -383,9 +383,9 @@ def test_a_cache_in_a_batch_serves_both_models_alike_and_is_as_it_was() -> None:
     model = llama(2)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=tokens(1, 4), past_key_values=cache)
+        model(input_ids=tokens(1, 4), **{cache_keyword(model): cache})
 
-    found = evaluate(model, [{"input_ids": tokens(1, 9), "past_key_values": cache}], model)
+    found = evaluate(model, [{"input_ids": tokens(1, 9), cache_keyword(model): cache}], model)
 
     assert found.kl == 0.0
     assert cache.get_seq_length() == 4

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxfuse
+from fxfuse.data.batches import cache_keyword
 from fxfuse.errors import CaptureError, FxfuseError, OptionError, PlanError, RecordError
 from fxfuse.measure.recording import model_digest
 from tests.models.tiny import Tower, llama, planned, tokens, vectors
@@ -213,7 +214,7 @@ def test_a_cache_in_a_batch_is_as_it_was() -> None:
 
     model = llama(2)
     cache = DynamicCache(config=model.config)
-    given = [{"input_ids": tokens(), "past_key_values": cache}] * 2
+    given = [{"input_ids": tokens(), cache_keyword(model): cache}] * 2
 
     recording = fxfuse.record(model, given)
 
@@ -381,10 +382,10 @@ def test_a_cache_written_in_place_is_an_error_that_says_what_to_do() -> None:
     model = llama(2)
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        model(input_ids=tokens(1, 3), past_key_values=cache)  # from here on the cache is an input of the graph
+        model(input_ids=tokens(1, 3), **{cache_keyword(model): cache})  # from here on the cache is an input of the graph
 
     with pytest.raises(CaptureError, match="use_cache=False"):
-        fxfuse.record(model, [{"input_ids": tokens(1, 5), "past_key_values": cache}])
+        fxfuse.record(model, [{"input_ids": tokens(1, 5), cache_keyword(model): cache}])
 
 
 def test_a_model_without_a_stream_and_one_in_pieces_are_errors() -> None:

@@ -13,6 +13,7 @@ from transformers import MBartConfig, MBartForConditionalGeneration
 
 import fxfuse
 from fxfuse import FxfuseError, Plan, PlanError
+from fxfuse.data.batches import cache_keyword, cache_of
 from fxfuse.errors import PruneError
 from fxfuse.model.pruning import Dropped
 from tests.models.checks import assert_exact
@@ -41,8 +42,8 @@ def in_steps(model: Any, ids: Tensor, *lengths: int) -> list[Tensor]:
     cache, found = None, []
     with torch.no_grad():
         for piece in ids.split(lengths, 1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(piece, use_cache=True, **{cache_keyword(model): cache})
+            cache = cache_of(out)
             found.append(out.logits)
     return found
 
@@ -89,7 +90,7 @@ class TestWhatIsLeft:
 
     def test_its_cache_is_never_made(self) -> None:
         model, _ = pair(llama, (1, 2))
-        cache = model(tokens(1, 9), use_cache=True).past_key_values
+        cache: Any = cache_of(model(tokens(1, 9), use_cache=True))
 
         assert [layer.get_seq_length() for layer in cache.layers] == [9, 0, 0, 9]
         assert [layer.is_initialized for layer in cache.layers] == [True, False, False, True]
@@ -98,7 +99,7 @@ class TestWhatIsLeft:
         model = llama()
         before = dict(model.named_parameters())
         fxfuse.prune(model, Plan(drop=attentions(0)))
-        cache = model(tokens(1, 9), use_cache=True).past_key_values
+        cache: Any = cache_of(model(tokens(1, 9), use_cache=True))
 
         assert list(model.state_dict()) == list(before)
         assert all(each is before[name] for name, each in model.named_parameters())
@@ -263,7 +264,7 @@ class TestEncoderAndDecoder:
         for each in (model, reference):
             with torch.no_grad():
                 first = each(ids, decoder_input_ids=said[:, :4], use_cache=True)
-                second = each(ids, decoder_input_ids=said[:, 4:], past_key_values=first.past_key_values)
+                second = each(ids, decoder_input_ids=said[:, 4:], **{cache_keyword(each): cache_of(first)})
             found.append([first.logits, second.logits])
 
         assert_exact(found[0], found[1], tolerance=1e-10)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxfuse
 from fxfuse import Plan
+from fxfuse.data.batches import cache_keyword, cache_of
 from fxfuse.errors import OptionError
 from fxfuse.packing import calls as weights
 from fxfuse.packing.packs import Pack
@@ -476,7 +477,7 @@ class TestMemory:
         with torch.no_grad():
             out = model(tokens())
             first = {pack.tensor.data_ptr() for pack in packs()}
-            model(tokens(1, 1), past_key_values=out.past_key_values)
+            model(tokens(1, 1), **{cache_keyword(model): cache_of(out)})
 
         assert {pack.tensor.data_ptr() for pack in packs()} == first
         assert len(first) == 2

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fxfuse import Plan, PlanError
+from fxfuse.data.batches import cache_keyword
 from fxfuse.errors import RecordError
-from fxfuse.measure import evaluation as evaluate
+from fxfuse.measure.evaluation import evaluate
 from fxfuse.packing.calls import _PACKS
 from fxfuse.planning import Meter
 from fxfuse.planning.meter import Replay
@@ -47,7 +48,7 @@ class TestTheCost:
     def test_is_the_same_when_a_batch_holds_a_cache(self) -> None:
         model, given = llama(2), batches(9)
         cache = DynamicCache(config=model.config)
-        meter = Meter(model, [{"input_ids": given[0]["input_ids"], "past_key_values": cache}])
+        meter = Meter(model, [{"input_ids": given[0]["input_ids"], cache_keyword(model): cache}])
 
         assert meter(PLAN) == pytest.approx(truth(model, given), rel=1e-8)
         assert meter.final(PLAN) == pytest.approx(truth(model, given), rel=1e-8)

@@ -193,6 +193,29 @@ def test_a_model_in_several_graphs_says_how_to_find_what_cuts_it() -> None:
     assert "TORCH_LOGS=graph_breaks" in str(broken)
 
 
+class Apart(nn.Module):
+    """A short stream, whose one layer runs twice, and a longer one that begins with what the first has become."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between, self.second = Tower(1), nn.Linear(8, 8).double(), Tower(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.between(self.first(self.first(x)))))
+
+
+def test_a_recording_numbers_streams_and_branches_alike() -> None:
+    model, x = Apart(), vectors()
+
+    rows = fxfuse.explain(model, x).branches
+    recorded = fxfuse.record(model, [{"x": x}]).branches
+
+    facts = [(row.name, row.kind, row.stream, row.reads, row.adds) for row in rows]
+    assert [(row.name, row.kind, row.stream, row.reads, row.adds) for row in recorded] == facts
+    names = ["@0", "@1", *(f"second.layers.{index}.mlp" for index in range(3))]
+    assert [(name, stream) for name, _, stream, *_ in facts] == list(zip(names, [0, 0, 1, 1, 1], strict=True))
+
+
 class TestManyTimes:
     @pytest.mark.parametrize("kind", [Tower, Broken])
     def test_every_one_finds_the_same(self, kind: type[Tower]) -> None:

@@ -50,6 +50,20 @@ MUTATIONS = (
         RANDOM_MODELS,
     ),
     Mutation(
+        "look through a view that cuts rows",
+        "fxfuse/graph/peel.py",
+        " and width == last_dim(source)",
+        "",
+        ("tests/graph/test_peel.py",),
+    ),
+    Mutation(
+        "look through a rounded quotient",
+        "fxfuse/graph/peel.py",
+        ' or "rounding_mode" in call.args',
+        "",
+        ("tests/graph/test_peel.py", "tests/stream/test_steps.py"),
+    ),
+    Mutation(
         "erase a write that others read",
         "fxfuse/graph/order.py",
         "or any(user > node for user in alias.users):",
@@ -129,8 +143,8 @@ MUTATIONS = (
     Mutation(
         "forget what multiplies a norm's shift",
         "fxfuse/ffn/affine.py",
-        "(Shift(shift.node, taken.factor * shift.factor),)",
-        "(shift,)",
+        "(Shift(weight, outer.factor * Factor(number=layer.share)),)",
+        "(Shift(weight, Factor(number=layer.share)),)",
         ("tests/ffn/test_affine.py",),
     ),
     Mutation(

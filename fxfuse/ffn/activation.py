@@ -9,7 +9,7 @@ from torch import fx
 
 from fxfuse.ffn.anatomy import FFN, Projection
 from fxfuse.graph.ops import op
-from fxfuse.graph.rows import viewed
+from fxfuse.graph.peel import Change, peel
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,4 @@ def _silu(
 
 def _plain(node: fx.Node, leaves: Mapping[fx.Node, Projection] | None = None) -> fx.Node:
     """``node`` before views, copies and idle dropout, none of which changes a hidden unit; a leaf is not opened."""
-    while node not in (leaves or ()) and (found := op(node)) is not None:
-        source = found.node("input") if found.name in ("contiguous", "clone", "dropout") else viewed(node, found)
-        if source is None:
-            break
-        node = source
-    return node
+    return peel(node, Change.COPY | Change.ROWS, within=lambda inner: inner not in (leaves or ()))

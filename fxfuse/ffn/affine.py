@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxfuse.graph.ops import Op, op
-from fxfuse.graph.rows import passed_on
-from fxfuse.graph.scale import scaling
-from fxfuse.graph.values import dtype, last_dim, product, shape
+from fxfuse.graph.peel import PASSED, Change, Layer, layers
+from fxfuse.graph.values import dtype
 
 NORMS = frozenset({"rms_norm", "layer_norm"})
 """Norms that are one call, with gain and shift among its arguments."""
+
+_FOLDED = Change.NUMBER | Change.GAIN | Change.DIVISOR | Change.SHIFT
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,26 @@ def normed(
         belongs: tells the nodes of the branch's body, so that no factor of the stream itself is taken off.
     """
     node, taken = output, Normed(output, output)
-    while belongs(node) and (found := op(node)) is not None:
-        source = passed_on(node, found, dtype(output))
-        if source is not None:
-            node = source
-            continue
-        if found.name in NORMS:
-            return _of_call(taken, node, found, weights) or taken
-        step = _step(found, width, weights)
-        if step is None:
-            break
-        bare, factor, shift = step
-        shifts = () if shift is None else (Shift(shift.node, taken.factor * shift.factor),)
-        taken = Normed(output, bare, taken.factor * factor, taken.shifts + shifts, (*taken.steps, node))
-        node = bare
-    return taken
+    for layer in layers(output, PASSED | _FOLDED, weights, width, dtype(output), belongs):
+        if layer.scale.nodes:
+            return taken
+        node = layer.source
+        if layer.change in _FOLDED:
+            taken = _without(taken, layer)
+    found = op(node) if belongs(node) else None
+    return _of_call(taken, node, found, weights) or taken if found is not None and found.name in NORMS else taken
+
+
+def _without(outer: Normed, layer: Layer) -> Normed:
+    """``outer`` with one more multiplication or addition taken off."""
+    factor, shifts, weight = outer.factor * Factor(number=layer.scale.number), outer.shifts, layer.weight
+    if weight is not None and layer.change is Change.GAIN:
+        factor *= Factor((weight,))
+    elif weight is not None and layer.change is Change.DIVISOR:
+        factor *= Factor(divisors=(weight,))
+    elif weight is not None:
+        shifts += (Shift(weight, outer.factor * Factor(number=layer.share)),)
+    return Normed(outer.output, layer.source, factor, shifts, (*outer.steps, layer.node))
 
 
 def _of_call(outer: Normed, node: fx.Node, found: Op, weights: Container[fx.Node]) -> Normed | None:
@@ -116,23 +122,6 @@ def _of_call(outer: Normed, node: fx.Node, found: Op, weights: Container[fx.Node
     factor = outer.factor if gain is None else outer.factor * Factor((gain,))
     made = replace(outer, bare=node, factor=factor, shifts=outer.shifts + shifts)
     return replace(made, steps=(*outer.steps, node), fused_call=True)
-
-
-def _step(found: Op, width: int, weights: Container[fx.Node]) -> tuple[fx.Node, Factor, Shift | None] | None:
-    """``(x, factor, shift)`` if the op is ``factor * x`` or ``x + shift``, both of weights and numbers alone."""
-    if found.name in ("add", "sub") and found.args.get("alpha", 1) == 1:
-        pair = times_vector(found, width, weights, found.name) or _times_number(found, weights, found.name)
-        if pair is None or (found.name == "sub" and pair[0] is not found.node("input")):
-            return None
-        return pair[0], Factor(), Shift(pair[1], Factor(number=1.0 if found.name == "add" else -1.0))
-    if found.name in ("mul", "div"):
-        pair = times_vector(found, width, weights, found.name) or _times_number(found, weights, found.name)
-        if pair is not None and found.name == "mul":
-            return pair[0], Factor((pair[1],)), None
-        if pair is not None and pair[0] is found.node("input") and "rounding_mode" not in found.args:
-            return pair[0], Factor(divisors=(pair[1],)), None
-    scaled = scaling(found)
-    return None if scaled is None or scaled[1].nodes else (scaled[0], Factor(number=scaled[1].number), None)
 
 
 def unfoldable(affine: Normed) -> str:
@@ -149,30 +138,3 @@ def unfoldable(affine: Normed) -> str:
             reads = f"its norm applies its gain in {one} and its projections read {other}"
             return f"{reads}: to fold it would spare that rounding"
     return ""
-
-
-def times_vector(
-    found: Op, width: int, weights: Container[fx.Node], name: str = "mul"
-) -> tuple[fx.Node, fx.Node] | None:
-    """``(x, v)`` if the op is ``x * v`` (or what ``name`` says), v a weight-only vector over x's last dimension."""
-    pair = with_weight(found, weights) if found.name == name else None
-    if pair is None or last_dim(pair[0]) not in (None, width):
-        return None
-    sizes = shape(pair[1])
-    return pair if sizes and sizes[-1] == width and product(sizes) == width else None
-
-
-def _times_number(found: Op, weights: Container[fx.Node], name: str = "mul") -> tuple[fx.Node, fx.Node] | None:
-    """``(x, v)`` if the op is ``x * v`` (or what ``name`` says), v a weight-only tensor of one number."""
-    pair = with_weight(found, weights) if found.name == name else None
-    sizes = shape(pair[1]) if pair is not None else None
-    return pair if sizes is not None and product(sizes) == 1 else None
-
-
-def with_weight(found: Op, weights: Container[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """``(x, w)`` if the op combines a value with something weight-only, in either order."""
-    for one, other in (("input", "other"), ("other", "input")):
-        source, weight = found.node(one), found.node(other)
-        if source is not None and weight is not None and source not in weights and weight in weights:
-            return source, weight
-    return None

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxfuse.ffn.affine import NORMS, Normed, normed, times_vector, with_weight
+from fxfuse.ffn.affine import NORMS, Normed, normed
 from fxfuse.ffn.projection import Projection, mixes, projection
 from fxfuse.graph.ops import OVER_UNITS, Op, drops_randomly, is_pointwise, op
-from fxfuse.graph.rows import hides_its_sizes, passed_on, viewed
-from fxfuse.graph.scale import ONE, Scale, is_number, scaling
+from fxfuse.graph.peel import PASSED, Change, hides_its_sizes, layer, layers
+from fxfuse.graph.scale import ONE, Scale, is_number
 from fxfuse.graph.slices import is_last
 from fxfuse.graph.special import unpackable
 from fxfuse.graph.values import dtype, last_dim, product, shape
@@ -166,31 +166,13 @@ class Recogniser:
         """Take off what multiplies a contribution: numbers, and weights of one value or of one a channel."""
         node, outer, scale = contribution, None, ONE
         gains: list[fx.Node] = []
-        while (found := op(node)) is not None:
-            source = passed_on(node, found, dtype(contribution))
-            if source is not None:
-                node = source
-                continue
-            factor = scaling(found)
-            if factor is not None:
-                node, scale = factor[0], scale * factor[1]
-                continue
-            gain = self._gain(node, found)
-            if gain is None:
-                break
-            outer = outer or node
-            node = gain[0]
-            gains.append(gain[1])
+        allow = PASSED | Change.NUMBER | Change.GAIN
+        for taken in layers(contribution, allow, self._weights, read=dtype(contribution)):
+            node, scale = taken.source, scale * taken.scale
+            if taken.weight is not None:
+                outer = outer or taken.node
+                gains.append(taken.weight)
         return _Output(node, outer or node, tuple(gains), scale)
-
-    def _gain(self, node: fx.Node, found: Op) -> tuple[fx.Node, fx.Node] | None:
-        """``(x, w)`` if ``node`` is ``x * w`` with w weight-only, one number or one for each channel of x."""
-        pair = with_weight(found, self._weights) if found.name == "mul" else None
-        sizes = shape(pair[1]) if pair is not None else None
-        width = last_dim(node)
-        if pair is None or sizes is None or width is None or dtype(node) is None or last_dim(pair[0]) != width:
-            return None
-        return pair if product(sizes) == 1 or (sizes[-1] == width and product(sizes) == width) else None
 
     def _middle(
         self,
@@ -218,7 +200,7 @@ class Recogniser:
                 return unknown
             if (write := written_by(node)) is not None:
                 return f"its hidden units are edited in place ({write.name})"
-            if found is None or not (is_pointwise(found) or viewed(node, found) is not None):
+            if found is None or not (is_pointwise(found) or layer(node, Change.ROWS)):
                 return f"between its projections stands {self._describe(node)}, which mixes units or tokens"
             if drops_randomly(found):
                 return f"dropout with p={found.args.get('p', 0.5)} is active inside it (training mode)"
@@ -226,7 +208,7 @@ class Recogniser:
                 return f"it writes in place ({node.name})"
             middle[node] = None
             # Reversed, so that the first operand's projection is found first.
-            stack.extend(reversed(_read(node, found)))
+            stack.extend(reversed(_read(node)))
         return ""
 
     def _half(self, node: fx.Node, belongs: Callable[[fx.Node], bool]) -> _Half | None:
@@ -246,7 +228,7 @@ class Recogniser:
             if found is None or not _leaves_tokens_apart(node, found):
                 return None
             nodes[node] = None
-            stack.extend(reversed(_read(node, found)))
+            stack.extend(reversed(_read(node)))
         return _Half(leaves, nodes)
 
     def _describe(self, node: fx.Node) -> str:
@@ -257,13 +239,11 @@ class Recogniser:
             return "a norm (sandwich or post-norm)"
         if found is not None and drops_randomly(found):
             return f"dropout with p={found.args.get('p', 0.5)}, which is active (training mode)"
-        width = last_dim(node)
-        if found is not None and found.name in ("mul", "add") and isinstance(width, int):
-            vector = times_vector(found, width, self._weights, found.name)
-            if vector is not None:
-                inner = op(self._output(vector[0]).outer)
-                norm = inner is not None and (inner.name in NORMS or inner.name in ("mul", "div"))
-                return "a norm (sandwich or post-norm)" if norm else "scaled per channel"
+        affine = layer(node, Change.GAIN | Change.SHIFT, self._weights)
+        if affine is not None and affine.weight is not None and last_dim(affine.weight) == last_dim(node):
+            inner = op(self._output(affine.source).outer)
+            norm = inner is not None and (inner.name in NORMS or inner.name in ("mul", "div"))
+            return "a norm (sandwich or post-norm)" if norm else "scaled per channel"
         if found is not None and found.name == "mul" and len(node.all_input_nodes) == 2:
             return f"a product of two values ({node.name}), as of a gate on the output"
         name = found.name if found is not None else str(getattr(node.target, "__name__", node.target))
@@ -272,15 +252,14 @@ class Recogniser:
 
 def _without_sizes(node: fx.Node) -> str:
     """Why ``node`` cannot be judged, if the graph lacks its sizes."""
-    found = op(node)
-    hidden = found is not None and hides_its_sizes(node, found)
+    hidden = hides_its_sizes(node)
     return f"the graph does not tell the sizes of {node.name}; give the pass example inputs" if hidden else ""
 
 
-def _read(node: fx.Node, found: Op) -> list[fx.Node]:
+def _read(node: fx.Node) -> list[fx.Node]:
     """The values that ``node`` computes with; the sizes that a view is given are none."""
-    source = viewed(node, found)
-    return node.all_input_nodes if source is None else [source]
+    view = layer(node, Change.ROWS)
+    return node.all_input_nodes if view is None else [view.source]
 
 
 def _one_a_unit(constant: fx.Node, user: fx.Node, width: int) -> bool:
@@ -308,7 +287,7 @@ def _leaves_tokens_apart(node: fx.Node, found: Op) -> bool:
         dim, source = found.args.get("dim"), found.node("input")
         dims = dim if isinstance(dim, list | tuple) else (dim,)
         return len(dims) == 1 and source is not None and is_last(dims[0], source)
-    return is_pointwise(found) or viewed(node, found) is not None
+    return is_pointwise(found) or layer(node, Change.ROWS) is not None
 
 
 def _gated(half: _Half) -> bool:

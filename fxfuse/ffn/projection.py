@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from fxfuse.graph.ops import MATMUL, Op, op
-from fxfuse.graph.rows import viewed, without_views
+from fxfuse.graph.peel import Change, layer, peel
 from fxfuse.graph.slices import Rows, last_dim_part
 from fxfuse.graph.values import called_module, shape, value
 
@@ -51,9 +51,8 @@ def projection(node: fx.Node, weights: Container[fx.Node]) -> Projection | None:
     found = op(node)
     if found is None:
         return None
-    source = viewed(node, found)
-    if source is not None:
-        inner = projection(source, weights)
+    if (view := layer(node, Change.ROWS)) is not None:
+        inner = projection(view.source, weights)
         return None if inner is None or inner.rows is not None else replace(inner, output=node)
     if found.name == "add" and found.args.get("alpha", 1) == 1:
         return _biased(node, found, weights)
@@ -88,7 +87,7 @@ def _linear(
         return None
     if bias is not None and shape(bias) != (width,):
         return None
-    return Projection(node, without_views(source), weight, bias, transposed, None, width, fan_in)
+    return Projection(node, peel(source, Change.ROWS), weight, bias, transposed, None, width, fan_in)
 
 
 def _turned(weight: fx.Node) -> fx.Node | None:

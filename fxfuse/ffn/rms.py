@@ -6,9 +6,9 @@ from torch import fx
 
 from fxfuse.ffn.affine import Normed
 from fxfuse.graph.ops import Op, op
-from fxfuse.graph.rows import passed_on
+from fxfuse.graph.peel import Change, layers, peel
 from fxfuse.graph.slices import is_last
-from fxfuse.graph.values import dtype, widens
+from fxfuse.graph.values import dtype
 
 
 def rms(normed: Normed) -> tuple[fx.Node, float] | None:
@@ -16,9 +16,10 @@ def rms(normed: Normed) -> tuple[fx.Node, float] | None:
 
     Casts in between may only widen: what was narrowed is another x.
     """
-    node, found = normed.bare, op(normed.bare)
-    while found is not None and found.name == "cast" and (source := passed_on(node, found, dtype(normed.output))):
-        node, found = source, op(source)
+    node = normed.bare
+    for cast in layers(node, Change.WIDEN, read=dtype(normed.output)):
+        node = cast.source
+    found = op(node)
     if found is None:
         return None
     if found.name == "rms_norm":
@@ -33,7 +34,7 @@ def rms(normed: Normed) -> tuple[fx.Node, float] | None:
     for value, factor in ((one, other), (other, one)) if found.name == "mul" else ((one, other),):
         if value is None or factor is None:
             continue
-        source, eps = _before_casts(value), _eps_of(factor, "rsqrt" if found.name == "mul" else "sqrt", value)
+        source, eps = peel(value, Change.WIDEN), _eps_of(factor, "rsqrt" if found.name == "mul" else "sqrt", value)
         if eps is not None:
             return source, eps
     return None
@@ -63,7 +64,7 @@ def _is_mean_square(node: fx.Node, value: fx.Node) -> bool:
     squared = op(squares)
     base = _squared(squared) if squared is not None else None
     return len(dims) == 1 and is_last(dims[0], squares) and base is not None and (
-        _before_casts(base) is _before_casts(value)
+        peel(base, Change.WIDEN) is peel(value, Change.WIDEN)
     )  # fmt: skip
 
 
@@ -73,12 +74,3 @@ def _squared(found: Op) -> fx.Node | None:
     if found.name == "square" or (found.name == "pow" and found.args.get("exponent") in (2, 2.0)):
         return source
     return source if found.name == "mul" and source is found.node("other") else None
-
-
-def _before_casts(node: fx.Node) -> fx.Node:
-    """``node`` before casts that lose nothing."""
-    while (found := op(node)) is not None and found.name == "cast" and (source := found.node("input")) is not None:
-        if not widens(source, node):
-            break
-        node = source
-    return node

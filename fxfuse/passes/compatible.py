@@ -12,6 +12,7 @@ from torch import fx
 from fxfuse.ffn.affine import NORMS
 from fxfuse.ffn.anatomy import FFN, Normed, Projection
 from fxfuse.graph.ops import op
+from fxfuse.graph.peel import Change, peel
 from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import dtype, value
 from fxfuse.passes.unlike import unlike
@@ -19,8 +20,8 @@ from fxfuse.stream.branch import Branch
 
 NO_OTHER = "no other FFN of a form that can be made wide is added to the stream at the same place"
 
-TRANSPARENT = frozenset("view flatten unflatten squeeze unsqueeze contiguous clone dropout".split())
-"""Ops inside an FFN that change no hidden unit; a wide FFN does without them."""
+TRANSPARENT = Change.COPY | Change.ROWS
+"""What ops inside an FFN may do that changes no hidden unit; a wide FFN does without them."""
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,19 @@ def _activation(node: fx.Node, leaves: dict[fx.Node, int], known: dict[fx.Node, 
     Of a digest of its operands, because a value that is read twice would be written out twice, and again in each.
     """
     known = {} if known is None else known
+    node = peel(node, TRANSPARENT, within=lambda inner: inner not in leaves)
     if node in leaves:
         return f"leaf {leaves[node]}"
     if node not in known:
         found = op(node)
         assert found is not None
-        if found.name in TRANSPARENT:
-            source = found.node("input")
-            assert source is not None
-            known[node] = _activation(source, leaves, known)
-        else:
-            arguments = {
-                key: _activation(argument, leaves, known) if isinstance(argument, fx.Node) else repr(argument)
-                for key, argument in found.args.items()
-            }
-            commutes = found.name in ("add", "mul") and "alpha" not in arguments
-            expression = (found.name, sorted(arguments.values()) if commutes else list(arguments.items()))
-            known[node] = hashlib.sha256(repr(expression).encode()).hexdigest()
+        arguments = {
+            key: _activation(argument, leaves, known) if isinstance(argument, fx.Node) else repr(argument)
+            for key, argument in found.args.items()
+        }
+        commutes = found.name in ("add", "mul") and "alpha" not in arguments
+        expression = (found.name, sorted(arguments.values()) if commutes else list(arguments.items()))
+        known[node] = hashlib.sha256(repr(expression).encode()).hexdigest()
     return known[node]
 
 

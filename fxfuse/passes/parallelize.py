@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfuse.errors import PlanError
-from fxfuse.graph.ops import mutated_arguments, op
+from fxfuse.graph.ops import mutated_arguments
 from fxfuse.graph.order import Stuck, sort
-from fxfuse.graph.rows import viewed
+from fxfuse.graph.peel import Change, peel
 from fxfuse.graph.values import dtype, same_shape
 from fxfuse.passes.base import Control, Edit, Pass, PassReport
 from fxfuse.passes.canonical import Canonical
@@ -242,8 +242,5 @@ class _Rewriter:
 
     def _only_viewed(self, node: fx.Node) -> bool:
         """Whether no cast stands between ``node`` and the point of the stream that it comes from."""
-        if node in self._stream.points:
-            return True
-        found = op(node)
-        source = viewed(node, found) if found is not None else None
-        return source is not None and self._only_viewed(source)
+        points = self._stream.points
+        return peel(node, Change.ROWS, within=lambda inner: inner not in points) in points

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxfuse.ffn.affine import with_weight
 from fxfuse.ffn.projection import mixes
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.ops import op
-from fxfuse.graph.scale import scaling
+from fxfuse.graph.peel import Change, layer, peel
 from fxfuse.graph.values import parameters, same_shape, shape
-from fxfuse.stream.steps import keeps, link, unlinked
+from fxfuse.stream.steps import FACTORS, LINKS, keeps
 from fxfuse.stream.sums import find_chains, is_sum
 
 REPORT = "if this model is a transformer, please report it with what `fxfuse explain MODEL --trace FOLDER` writes"
@@ -124,18 +123,20 @@ def _rounds_its_stream(add: fx.Node) -> bool:
     """Whether ``add`` is ``round(h) + f(h)``, with a matrix product in f."""
     pair = add.all_input_nodes
     return any(
-        not keeps(add, one) and _comes_through_a_product(other, unlinked(one))
+        not keeps(add, one) and _comes_through_a_product(other, peel(one, LINKS))
         for one, other in zip(pair, pair[::-1], strict=True)
     )
+
+
+_TIMES = Change.NUMBER | Change.GAIN | Change.DIVISOR | Change.MASK
 
 
 def _multiplied(node: fx.Node, constant: Container[fx.Node]) -> fx.Node | None:
     """``x``, if ``node`` is x times a number, a weight or a matrix; weights may be added to x before."""
     times = False
     while (found := op(node)) is not None:
-        factor = scaling(found)
-        pair = with_weight(found, constant) if found.name in ("mul", "add") else None
-        before = factor[0] if factor is not None else pair[0] if pair is not None else link(node)
+        taken = layer(node, LINKS | FACTORS | Change.MASK | Change.TABLE, constant)
+        before = None if taken is None else taken.source
         if before is None and found.name in ("matmul", "bmm") and not times:
             sides = (found.node("other"), found.node("input"))
             before = next(
@@ -144,7 +145,7 @@ def _multiplied(node: fx.Node, constant: Container[fx.Node]) -> fx.Node | None:
             times = before is not None
         if before is None:
             break
-        times = times or factor is not None or (pair is not None and found.name == "mul")
+        times = times or (taken is not None and taken.change in _TIMES)
         node = before
     return node if times else None
 

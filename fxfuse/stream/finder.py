@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfuse.errors import PlanError, nearest
-from fxfuse.ffn.affine import with_weight
 from fxfuse.ffn.anatomy import Recogniser, mixes
 from fxfuse.graph.constant import weight_only
-from fxfuse.graph.ops import op
+from fxfuse.graph.peel import Change, peel
 from fxfuse.graph.values import parameters, same_shape, sizes_only
 from fxfuse.stream.branch import KEPT, Branch, Term, kind_of, name_branches, parameters_of
 from fxfuse.stream.shared_experts import beside
-from fxfuse.stream.steps import before, beginning, link, unlinked, way
+from fxfuse.stream.steps import LINKS, before, beginning, link, way
 from fxfuse.stream.sums import Sum, find_chains
 
 
@@ -180,13 +179,8 @@ class _Finder:
 
     def _is_point(self, node: fx.Node) -> bool:
         """Whether ``node`` is a point of the stream, or one times a weight: ``x + gain * x0`` adds no branch."""
-        node = unlinked(node)
-        while node not in self._level and (found := op(node)) is not None:
-            pair = with_weight(found, self._constant) if found.name == "mul" else None
-            if pair is None:
-                return False
-            node = unlinked(pair[0])
-        return node in self._level
+        allow = LINKS | Change.GAIN | Change.MASK
+        return peel(node, allow, self._constant, lambda inner: inner not in self._level) in self._level
 
     def _body(self, contribution: fx.Node, terms: set[fx.Node]) -> tuple[dict[fx.Node, None], set[fx.Node]]:
         """The nodes that depend on the last stream point that ``contribution`` reads, and what else they take."""

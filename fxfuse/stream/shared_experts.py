@@ -13,7 +13,8 @@ from torch import fx
 from fxfuse.ffn.affine import NORMS
 from fxfuse.ffn.anatomy import Recogniser
 from fxfuse.graph.ops import op
-from fxfuse.graph.values import dtype, widens
+from fxfuse.graph.peel import Change, layer
+from fxfuse.graph.values import dtype
 from fxfuse.stream.branch import Term
 from fxfuse.stream.sums import flatten, is_sum
 
@@ -53,9 +54,8 @@ def _above(total: fx.Node, body: Sequence[fx.Node]) -> str:
     found = {node: named for node in body if node in above and node is not total and (named := op(node)) is not None}
     if any(each.name in NORMS or each.name in ("rsqrt", "var") for each in found.values()):
         return "a norm takes the sum of both"
-    for node, each in found.items():
-        source = each.node("input")
-        if each.name == "cast" and source is not None and not widens(source, node):
+    for node in found:
+        if layer(node, Change.ROUND) is not None:
             return f"their sum is rounded to {str(dtype(node)).removeprefix('torch.')}"
     low = dtype(total)
     if any(each.name == "cast" and dtype(node) != low for node, each in found.items()):

@@ -1,8 +1,8 @@
 """Steps: what a stream goes through between two residual sums.
 
-Casts, views of rows and idle dropout leave it what it is (:func:`link`). A :func:`factor` makes another value of it, by
-numbers or weights: ``c * h`` where the model scales its stream. What was added before is scaled with it, and what is
-added after is not, so the two sides of a factor are different points of the stream.
+Casts, views of rows and idle dropout leave it what it is (:func:`link`). A factor makes another value of it, by a
+number or a weight of one number or one a channel: ``c * h`` where the model scales its stream. What was added before is
+scaled with it, and what is added after is not, so the two sides of a factor are different points of the stream.
 """
 
 from __future__ import annotations
@@ -11,55 +11,27 @@ from collections.abc import Container, Mapping, Sequence
 
 from torch import fx
 
-from fxfuse.ffn.affine import with_weight
-from fxfuse.graph.ops import Op, drops_randomly, mutated_arguments, op
-from fxfuse.graph.rows import viewed
-from fxfuse.graph.scale import scaling
-from fxfuse.graph.values import is_floating, last_dim, product, same_shape, shape, widens
+from fxfuse.graph.ops import mutated_arguments
+from fxfuse.graph.peel import PASSED, Change, layer
+from fxfuse.graph.values import is_floating, same_shape, widens
+
+LINKS = PASSED | Change.ROUND
+FACTORS = Change.NUMBER | Change.GAIN | Change.DIVISOR | Change.SHIFT
 
 
 def link(node: fx.Node) -> fx.Node | None:
-    """What ``node`` is but a cast, a view of rows or an idle dropout of: the stream passes these between sums."""
-    found = op(node)
-    if found is None:
-        return None
-    source = found.node("input")
-    if source is None:
-        return None
-    if not same_shape(source, node):
-        return viewed(node, found)
-    if found.name in ("cast", "contiguous", "clone", "view") or (found.name == "dropout" and not drops_randomly(found)):
-        return source
-    return None
-
-
-def factor(node: fx.Node, constant: Container[fx.Node]) -> fx.Node | None:
-    """``x``, if ``node`` is ``c * x``, ``x / c``, ``x + v`` or ``x - v``.
-
-    ``c`` is a number, and ``c`` and ``v`` are ``constant``, which depends on weights alone: one number, or a vector
-    over the last dimension.
-    """
-    found = op(node)
-    if found is None or node in constant or mutated_arguments(node) or not is_floating(node):
-        return None
-    number = scaling(found)
-    source = number[0] if number is not None else _times_weight(node, found, constant)
-    return source if source is not None and source not in constant and same_shape(source, node) else None
-
-
-def _times_weight(node: fx.Node, found: Op, constant: Container[fx.Node]) -> fx.Node | None:
-    """The operand of a product, quotient, sum or difference that is no weight, if the other is a small one."""
-    pair = with_weight(found, constant) if found.name in ("mul", "div", "add", "sub") else None
-    sizes = shape(pair[1]) if pair is not None else None
-    if pair is None or sizes is None or (found.name == "div" and pair[0] is not found.node("input")):
-        return None
-    return pair[0] if product(sizes) == 1 or (product(sizes) == sizes[-1] == last_dim(node)) else None
+    """The input of ``node``, if it only casts, copies or regroups rows, or is idle dropout."""
+    taken = layer(node, LINKS)
+    return None if taken is None else taken.source
 
 
 def before(node: fx.Node, constant: Container[fx.Node]) -> fx.Node | None:
-    """The value that ``node`` is a :func:`link` or a :func:`factor` of."""
-    source = link(node)
-    return factor(node, constant) if source is None else source
+    """The input of ``node``, if it is a :func:`link` or a factor; ``constant`` depends on weights alone."""
+    taken = layer(node, LINKS | FACTORS, constant)
+    if taken is None or taken.change in LINKS:
+        return None if taken is None else taken.source
+    pure = is_floating(node) and not mutated_arguments(node)
+    return taken.source if pure and same_shape(taken.source, node) else None
 
 
 def way(node: fx.Node, constant: Container[fx.Node]) -> list[fx.Node]:
@@ -68,13 +40,6 @@ def way(node: fx.Node, constant: Container[fx.Node]) -> list[fx.Node]:
     while (source := before(found[-1], constant)) is not None:
         found.append(source)
     return found
-
-
-def unlinked(node: fx.Node) -> fx.Node:
-    """``node`` before all that :func:`link` sees through."""
-    while (source := link(node)) is not None:
-        node = source
-    return node
 
 
 def keeps(total: fx.Node, node: fx.Node) -> bool:

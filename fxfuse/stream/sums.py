@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxfuse.graph.ops import Op, drops_randomly, mutated_arguments, op
+from fxfuse.graph.ops import mutated_arguments, op
 from fxfuse.graph.order import overwritten
-from fxfuse.graph.rows import viewed
-from fxfuse.graph.scale import ONE, Scale, as_scale, scaling
+from fxfuse.graph.peel import PASSED, Change, layers
+from fxfuse.graph.scale import ONE, Scale, as_scale
 from fxfuse.graph.values import dtype, is_floating, same_shape, sizes_only, widens
 from fxfuse.stream.branch import STAMP, Branch, Term
 from fxfuse.stream.steps import way
@@ -130,33 +130,18 @@ def _rounded(node: fx.Node, constant: set[fx.Node], rewritten: Container[fx.Node
 
 
 def _alone(node: fx.Node, scale: Scale) -> tuple[fx.Node, Scale]:
-    """``node`` without what nothing else reads: numbers it is multiplied with, idle dropout, widening casts, views.
+    """``node`` without what nothing else reads: numbers it is multiplied with, copies, widening casts, views.
 
     Adding the terms of ``(a + b).to(float32)`` to a float32 stream one by one casts each of them, by promotion. Those
     of ``(routed + shared).view(h.shape)`` keep the shape that they have.
     """
-    while len(node.users) == 1 and (found := op(node)) is not None:
-        factor = scaling(found)
-        if factor is not None:
-            node, scale = factor[0], scale * factor[1]
-            continue
-        source = found.node("input")
-        idle = found.name == "dropout" and not drops_randomly(found) and not found.inplace
-        if source is None or not (idle or _widened(node, found) or viewed(node, found) is not None):
+    for taken in layers(node, PASSED | Change.NUMBER, within=lambda inner: len(inner.users) == 1):
+        # To open a sum in float32 that is cast to float64 would spare it a rounding of more than 1e-8.
+        spared = dtype(taken.node) == torch.float64 != dtype(taken.source) and taken.change is Change.WIDEN
+        if spared or (taken.change is Change.COPY and mutated_arguments(taken.node)):
             break
-        node = source
+        node, scale = taken.source, scale * taken.scale
     return node, scale
-
-
-def _widened(node: fx.Node, found: Op) -> bool:
-    """Whether ``node`` is a cast that a sum may be opened through, which spares the rounding of the sum.
-
-    Of a sum in float32 that is cast to float64 that would be more than 1e-8.
-    """
-    source = found.node("input")
-    if found.name != "cast" or source is None or not widens(source, node):
-        return False
-    return dtype(node) != torch.float64 or dtype(source) == torch.float64
 
 
 def _residual_sums(

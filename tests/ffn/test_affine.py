@@ -29,6 +29,8 @@ STEPS: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]] = {
     "a shift": lambda x, vector, scalar: vector + x,
     "a learned shift of all": lambda x, vector, scalar: x + scalar,
     "less a shift": lambda x, vector, scalar: x - vector,
+    "taken from a shift": lambda x, vector, scalar: vector - x,
+    "a multiple of a shift": lambda x, vector, scalar: torch.add(x, vector, alpha=0.3),
     "a gain of three dimensions": lambda x, vector, scalar: x * vector.view(1, 1, -1),
     "a number times a gain": lambda x, vector, scalar: (0.3 * vector) * x,
 }

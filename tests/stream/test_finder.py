@@ -110,7 +110,7 @@ def test_a_sum_is_found_however_it_is_written(road: str) -> None:
 class Parallel(Decoder):
     """Attention and FFN side by side behind one norm; every layer writes the three terms in another order."""
 
-    depth = 5
+    depth = 6
 
     def forward(self, x: Tensor) -> Tensor:
         h = x * 1.5
@@ -123,6 +123,7 @@ class Parallel(Decoder):
                 lambda: h + 0.5 * (f + a),  # noqa: B023
                 lambda: F.dropout(a + f, 0.1, False) + h,  # noqa: B023
                 lambda: a + (h + 0.5 * f),  # noqa: B023
+                lambda: h + (a + f).contiguous(),  # noqa: B023
             ][index]()
         return h
 
@@ -131,10 +132,10 @@ class Parallel(Decoder):
 def test_sums_of_three_are_opened_in_any_order(road: str) -> None:
     stream = trace(ready(Parallel()), vectors(), road=road).stream
 
-    expected = {f"layers.{index}.{name}": index for index in range(5) for name in ("attn", "mlp")}
+    expected = {f"layers.{index}.{name}": index for index in range(6) for name in ("attn", "mlp")}
     assert levels(stream) == expected
     assert all({branch.kind for branch in each.branches} == {"attention", "gated_ffn"} for each in stream.sums)
-    assert [stream[f"layers.{index}.mlp"].scale.number for index in range(5)] == [1, 1, 0.5, 1, 0.5]
+    assert [stream[f"layers.{index}.mlp"].scale.number for index in range(6)] == [1, 1, 0.5, 1, 0.5, 1]
 
 
 @on_both_roads

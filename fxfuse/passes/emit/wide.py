@@ -10,6 +10,7 @@ from torch import fx
 
 from fxfuse.ffn.anatomy import FFN, GateUp, Normed, Projection
 from fxfuse.graph.ops import op
+from fxfuse.graph.peel import layer
 from fxfuse.graph.scale import Scale
 from fxfuse.graph.slices import Rows
 from fxfuse.graph.values import Dim, dtype, shape
@@ -271,12 +272,8 @@ def _middle(graph: fx.Graph, ffn: FFN, outputs: Sequence[fx.Node], constants: Se
     new = dict(zip((slot.output for slot in slots(ffn)), outputs, strict=True))
     new |= zip(constant_slots(ffn), constants, strict=True)
     for node in ffn.middle:
-        found = op(node)
-        assert found is not None
-        if found.name in TRANSPARENT:
-            source = found.node("input")
-            assert source is not None
-            new[node] = new[source]
+        if (taken := layer(node, TRANSPARENT)) is not None:
+            new[node] = new[taken.source]
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
             new[node].meta = {}

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from fxfuse import Plan, PlanError
 from fxfuse.errors import RecordError
-from fxfuse.measure import evaluation as evaluate
+from fxfuse.measure.evaluation import evaluate
 from fxfuse.packing.calls import _PACKS
 from fxfuse.planning import Meter
 from fxfuse.planning.meter import Replay

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx
 from torch._logging._internal import trace_structured
 
-from fxfuse.backend.naming import compiled_root, elsewhere, for_root, guard_modules, names_in, specialise
+from fxfuse.backend.frontend import take
+from fxfuse.backend.naming import compiled_root, elsewhere, for_root
 from fxfuse.backend.options import Options
 from fxfuse.cpu import with_linear_maps
 from fxfuse.cpu.prepack import Prepack
 from fxfuse.errors import FxfuseError, OptionError, PlanError
-from fxfuse.graph.surgery import copy_graph, transaction
+from fxfuse.graph.surgery import transaction
 from fxfuse.model.force import told
 from fxfuse.packing.calls import PackedCall
 from fxfuse.packing.recipe import Recipe, extract
@@ -54,17 +55,13 @@ def ffnfuse(
     chosen = Options.parse(options or {})
     _remember(chosen)
     root = compiled_root()
-    names = names_in(root, gm, example_inputs)
     plan = for_root(chosen.edits, root)
-    if plan:
-        guard_modules(gm, names)
-    gm = _own_copy(gm)
-    names = names_in(root, gm, example_inputs)
+    captured = take(gm, example_inputs, root, alone=bool(plan))
+    gm, names = captured.gm, captured.names
     with transaction(gm, restore=False):
         if chosen.plan is None:
             simplify(gm)
             _hint(gm, names)
-        specialise(gm)
         apply_plan(
             gm,
             plan,
@@ -110,16 +107,6 @@ def _dump_folder(dump: str | None) -> Path | None:
         return None
     number = next(number for number in itertools.count() if not Path(dump, f"graph{number}").exists())
     return Path(dump, f"graph{number}")
-
-
-def _own_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph to rewrite: Dynamo goes on to read the inputs of its own after the backend has returned."""
-    made = fx.GraphModule(gm, copy_graph(gm.graph))
-    made.meta = dict(gm.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
-        if hasattr(gm, name):
-            setattr(made, name, getattr(gm, name))
-    return made
 
 
 def _forget_inputs(gm: fx.GraphModule) -> None:

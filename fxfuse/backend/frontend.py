@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from fxfuse.backend.naming import guard_modules, names_in
+from fxfuse.backend.naming import guard_modules, names_in, specialise
 from fxfuse.errors import CaptureError
-from fxfuse.graph.surgery import copy_graph
+from fxfuse.graph.surgery import copy_module
 from fxfuse.model.force import uncompiled
 from fxfuse.model.pruning import APART
 
@@ -38,6 +38,32 @@ class Captured:
     gm: fx.GraphModule
     inputs: tuple[Tensor, ...]
     names: dict[fx.Node, str]
+
+    def copy(self) -> Captured:
+        """The same with a graph of its own."""
+        made = copy_module(self.gm)
+        nodes = zip(self.gm.graph.nodes, made.graph.nodes, strict=True)
+        return Captured(made, self.inputs, {new: self.names[old] for old, new in nodes if old in self.names})
+
+
+def take(gm: fx.GraphModule, inputs: Sequence[Tensor], root: nn.Module | None, *, alone: bool = True) -> Captured:
+    """Make of a graph that Dynamo hands to its backend one that passes can use: the one way from the one to the other.
+
+    The graph is copied, because Dynamo goes on to read its own after the backend has returned. Its weights get their
+    names in ``root``, and the floats that modules hold become numbers.
+
+    Args:
+        gm: the graph; it stays as it is.
+        inputs: a value for each of its placeholders.
+        root: the module that was compiled, if it is known.
+        alone: let a graph that Dynamo made of a submodule's frame serve that submodule alone, as a plan needs.
+    """
+    own = copy_module(gm)
+    names = names_in(root, own, inputs)
+    if alone:
+        guard_modules(own, names)
+    specialise(own)
+    return Captured(own, tuple(inputs), names)
 
 
 def compiled_apart(
@@ -107,11 +133,7 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> tuple[Captured
     found: list[Captured] = []
 
     def keep(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        own = fx.GraphModule(gm, copy_graph(gm.graph))
-        own.meta = dict(gm.meta)
-        names = names_in(model, own, inputs)
-        guard_modules(own, names)
-        found.append(Captured(own, tuple(inputs), names))
+        found.append(take(gm, inputs, model))
         return gm.forward
 
     with torch.no_grad(), uncompiled(model):

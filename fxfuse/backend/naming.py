@@ -129,6 +129,7 @@ def specialise(gm: fx.GraphModule) -> None:
     As symbols they differ from layer to layer for all a compiler can tell, and no two norms are alike. Each gets a
     guard, so that a graph is made anew should one of them change; floats that are arguments of the call stay symbols.
     """
+    changed = False
     for node in list(gm.graph.nodes):
         symbol = node.meta.get("example_value")
         if not isinstance(symbol, torch.SymFloat) or node.op == "placeholder":
@@ -140,6 +141,9 @@ def specialise(gm: fx.GraphModule) -> None:
             user.args = fx.map_arg(user.args, _replacing(numbers))
             user.kwargs = fx.map_arg(user.kwargs, _replacing(numbers))
         gm.graph.erase_node(node)
+        changed = True
+    if changed:
+        gm.recompile()
 
 
 def _replacing(numbers: Mapping[fx.Node, float]) -> Callable[[fx.Node], fx.node.Argument]:

@@ -50,6 +50,16 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return made
 
 
+def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph with its module: nodes and ``meta`` are its own, the attributes those of ``gm``."""
+    made = fx.GraphModule(gm, copy_graph(gm.graph))
+    made.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(made, name, getattr(gm, name))
+    return made
+
+
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node], keep: Container[fx.Node] = ()) -> list[fx.Node]:
     """Erase those of ``nodes`` that nobody uses, and what only they used; not ``keep``, nor writes that others see."""
     erased: dict[fx.Node, None] = {}

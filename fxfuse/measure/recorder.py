@@ -16,11 +16,10 @@ from torch.nn import functional as F
 
 from fxfuse._common.bounds import check_count
 from fxfuse._common.progress import bar
-from fxfuse.backend.frontend import compiled_apart
-from fxfuse.backend.naming import elsewhere, guard_modules, names_in, specialise
+from fxfuse.backend.frontend import compiled_apart, take
+from fxfuse.backend.naming import elsewhere
 from fxfuse.data.batches import blaming, check_batch, eval_mode, fresh, logits_of, on_device_of, original, thoroughly
 from fxfuse.errors import NotFiniteError, OptionError, RecordError
-from fxfuse.graph.surgery import copy_graph
 from fxfuse.measure.divergence import Divergence, cosine_distance, rows
 from fxfuse.measure.instrument import Instrumented
 from fxfuse.measure.recording import BranchRecord, GroupRecord, Recording, model_digest
@@ -117,13 +116,10 @@ class Recorder:
         self._compiled = self._traced()
 
     def _instrument(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        own = fx.GraphModule(gm, copy_graph(gm.graph))
-        own.meta = dict(gm.meta)
-        names = names_in(self.model, own, inputs)
-        guard_modules(own, names)
-        specialise(own)
-        edit(own, self.plan, names=names, strict=True, elsewhere=elsewhere(self.model, names))
-        made = Instrumented(own, names, self.max_group)
+        captured = take(gm, inputs, self.model)
+        names = captured.names
+        edit(captured.gm, self.plan, names=names, strict=True, elsewhere=elsewhere(self.model, names))
+        made = Instrumented(captured.gm, names, self.max_group)
         if not made.places:
             return gm.forward
 

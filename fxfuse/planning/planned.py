@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.backend.frontend import compiled_apart, forget, twin
-from fxfuse.backend.naming import elsewhere, guard_modules, names_in, specialise
+from fxfuse.backend.frontend import Captured, compiled_apart, forget, take, twin
+from fxfuse.backend.naming import elsewhere
 from fxfuse.data.batches import Model, on_device_of
-from fxfuse.graph.surgery import copy_graph
 from fxfuse.model.force import uncompiled
 from fxfuse.model.pruning import APART
 from fxfuse.passes.pipeline import edit
@@ -41,33 +40,21 @@ class Planned:
             return self._compiled(**on_device_of(self._model, batch))
 
     def _follow(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        own = _copy(gm)
-        names = names_in(self._model, own, inputs)
-        guard_modules(own, names)
-        specialise(own)
-        paths = [names.get(node) for node in own.graph.find_nodes(op="placeholder")]
+        captured = take(gm, inputs, self._model)
         rewritten: tuple[Plan, fx.GraphModule] | None = None
 
         def run(*inputs: object) -> object:
             nonlocal rewritten
             if rewritten is None or rewritten[0] != self.plan:
-                rewritten = self.plan, self._rewritten(own, paths)
+                rewritten = self.plan, self._rewritten(captured.copy())
             return rewritten[1](*inputs)
 
         return run
 
-    def _rewritten(self, gm: fx.GraphModule, paths: list[str | None]) -> fx.GraphModule:
-        made = _copy(gm)
-        placeholders = made.graph.find_nodes(op="placeholder")
-        names = {node: path for node, path in zip(placeholders, paths, strict=True) if path is not None}
-        edit(made, self.plan, names=names, strict=True, elsewhere=elsewhere(self._model, names))
-        return made
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    made = fx.GraphModule(gm, copy_graph(gm.graph))
-    made.meta = dict(gm.meta)
-    return made
+    def _rewritten(self, captured: Captured) -> fx.GraphModule:
+        gm, names = captured.gm, captured.names
+        edit(gm, self.plan, names=names, strict=True, elsewhere=elsewhere(self._model, names))
+        return gm
 
 
 @contextmanager

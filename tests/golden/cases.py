@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fxfuse.cpu import prepack as prepacking
 from fxfuse.passes import PassReport, drop, fuse_ffn, merge_gate_up, parallelize, simplify
-from fxfuse.passes.emit.kernel import add_in_kernel
+from fxfuse.passes.add_in_kernel import AddInKernel
 from fxfuse.passes.normalise.sizes import fill_in
+from fxfuse.passes.runner import run
 from tests.golden.page import Names, lines, page
 from tests.models.blocks import WIDTH, Attention, Stream, SwiGLU, Traced, ready, trace, vectors
 
@@ -156,9 +157,8 @@ def _ready_to_add(traced: Traced) -> None:
     fill_in(traced.gm)
 
 
-def _add_in_kernel(traced: Traced) -> None:
-    add_in_kernel(traced.gm.graph)
-    traced.gm.recompile()
+def _add_in_kernel(traced: Traced) -> PassReport:
+    return run(traced.gm, AddInKernel())
 
 
 def _prepack(traced: Traced) -> PassReport:

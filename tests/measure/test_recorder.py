@@ -382,7 +382,9 @@ def test_a_cache_written_in_place_is_an_error_that_says_what_to_do() -> None:
     model = llama(2)
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        model(input_ids=tokens(1, 3), **{cache_keyword(model): cache})  # from here on the cache is an input of the graph
+        model(
+            input_ids=tokens(1, 3), **{cache_keyword(model): cache}
+        )  # from here on the cache is an input of the graph
 
     with pytest.raises(CaptureError, match="use_cache=False"):
         fxfuse.record(model, [{"input_ids": tokens(1, 5), cache_keyword(model): cache}])

@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fxfuse._common.files import write_atomically
 from fxfuse.errors import PlanError
@@ -22,6 +23,35 @@ Member: TypeAlias = str | tuple[str, ...]
 """A branch, or a private sequence: branches that run in order on a copy of the stream of their own."""
 
 Group: TypeAlias = tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one edit that was thought of, and why.
+
+    Attributes:
+        edit: "drop" an attention, or make FFNs "parallel".
+        branches: the attention, or the group.
+        outcome: "kept", "split" (its halves have decisions of their own) or "refused".
+        why: in words.
+        score: what it was proposed by: the attention's score, or the group's largest mean distance.
+        kl: measured KL of the plan with this edit and those kept before, nats per token; None if not measured.
+        added: how much of that is this edit's.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=False)  # JSON has lists for tuples
+
+    edit: Literal["drop", "parallel"]
+    branches: tuple[str, ...]
+    outcome: Literal["kept", "split", "refused"]
+    why: str
+    score: float
+    kl: float | None = None
+    added: float | None = None
+
+    def __str__(self) -> str:
+        measured = "" if self.kl is None else f", KL {self.kl:.4g}"
+        return f"{self.outcome} {self.edit} {' + '.join(self.branches)} (score {self.score:.4g}{measured}): {self.why}"
 
 
 class Plan(BaseModel):
@@ -34,6 +64,8 @@ class Plan(BaseModel):
             there and the sum of their contributions is added there. FFN Fusion is ``[["l5.mlp", "l6.mlp"]]``; layer
             parallelism ``[["l5.attn", "l6.attn"], ["l5.mlp", "l6.mlp"]]``; the full-block parallelism of
             arXiv 2503.18908, appendix B, ``[[["l5.attn", "l5.mlp"], ["l6.attn", "l6.mlp"]]]``.
+        why: how the plan came about: each edit that was thought of, kept or not, in the order in which it was decided.
+            It changes nothing, so plans that differ only in it are equal.
 
     Raises:
         PlanError: an entry is empty, not a name, or named twice; the message quotes it.
@@ -44,6 +76,7 @@ class Plan(BaseModel):
     version: Literal[1] = 1
     drop: tuple[str, ...] = ()
     parallel: tuple[Group, ...] = ()
+    why: tuple[Decision, ...] = Field(default=(), exclude=True, repr=False)
 
     def __init__(self, **data: object) -> None:
         try:
@@ -56,7 +89,7 @@ class Plan(BaseModel):
     def _accept_lists(cls, data: object) -> object:
         """JSON and people write lists; what a plan keeps are tuples, because a plan is immutable."""
         if isinstance(data, dict):
-            return {key: _tuples(value) if key in ("drop", "parallel") else value for key, value in data.items()}
+            return {key: _tuples(value) if key in ("drop", "parallel", "why") else value for key, value in data.items()}
         return data
 
     @model_validator(mode="after")
@@ -90,10 +123,23 @@ class Plan(BaseModel):
     def __bool__(self) -> bool:
         return bool(self.drop or self.parallel)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and (self.drop, self.parallel) == (other.drop, other.parallel)
+
+    def __hash__(self) -> int:
+        return hash((self.drop, self.parallel))
+
+    def to_json(self) -> str:
+        """What a file of the plan holds; decisions, if there are any, one a line."""
+        text = json.dumps({"version": self.version, "drop": self.drop, "parallel": self.parallel}, indent=2)
+        if not self.why:
+            return text
+        made = [{key: value for key, value in asdict(each).items() if value is not None} for each in self.why]
+        return f'{text[:-2]},\n  "why": [\n    ' + ",\n    ".join(map(json.dumps, made)) + "\n  ]\n}"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically: a reader sees the old file or the new one, never a part."""
-        data = {"version": self.version, "drop": self.drop, "parallel": self.parallel}
-        write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
+        write_atomically(path, f"{self.to_json()}\n".encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -146,7 +192,7 @@ def _tuples(value: object) -> object:
 def _explain(error: ValidationError) -> str:
     """One line a person understands, of pydantic's first complaint."""
     first = error.errors(include_url=False)[0]
-    where = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"][:3])
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][:3])[1:]
     if first["type"] == "value_error":
         return str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

@@ -7,10 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from fxfuse import Plan, PlanError
-from fxfuse.plan import flat
+from fxfuse.plan import Decision, flat
+from tests.models.tiny import Counter, Tower, vectors
 
 PLANS = [
     Plan(),
@@ -198,3 +200,58 @@ class TestFile:
             with pytest.raises(PlanError, match="cannot be read") as caught:
                 Plan.load(path)
             assert str(path) in str(caught.value)
+
+
+class TestWhy:
+    MADE = (
+        Decision("drop", ("l.3.attn",), "kept", "adds 0.01; it may add 0.02", 0.5, kl=0.01, added=0.01),
+        Decision("parallel", ("l.0.mlp", "l.1.mlp"), "refused", "recorded to add 9 by itself; it may add 0.1", 0.25),
+    )
+
+    def test_decisions_survive_a_file_with_all_their_numbers(self, tmp_path: Path) -> None:
+        Plan(drop=["l.3.attn"], why=self.MADE).save(tmp_path / "plan.json")
+
+        assert Plan.load(tmp_path / "plan.json").why == self.MADE
+        assert json.loads((tmp_path / "plan.json").read_text())["why"][1] == {
+            "edit": "parallel",
+            "branches": ["l.0.mlp", "l.1.mlp"],
+            "outcome": "refused",
+            "why": "recorded to add 9 by itself; it may add 0.1",
+            "score": 0.25,
+        }
+
+    def test_plans_that_differ_only_in_it_are_equal(self) -> None:
+        bare, told = Plan(drop=["l.3.attn"]), Plan(drop=["l.3.attn"], why=self.MADE)
+
+        assert bare == told
+        assert hash(bare) == hash(told)
+        assert bare.model_dump_json() == told.model_dump_json()
+        assert repr(bare) == repr(told)
+        assert told != Plan(drop=["l.2.attn"], why=self.MADE)
+        assert not Plan(why=self.MADE)
+
+    def test_a_file_of_a_plan_that_nothing_was_decided_of_is_what_it_was(self) -> None:
+        assert json.loads(Plan(drop=["a"]).to_json()) == {"version": 1, "drop": ["a"], "parallel": []}
+
+    @pytest.mark.parametrize(
+        ("why", "words"),
+        [
+            (
+                '[{"edit": "drop", "branches": ["a"], "outcome": "perhaps", "why": "", "score": 0}]',
+                r"why\[0\].*perhaps",
+            ),
+            ('[{"edit": "drop"}]', r"why\[0\]"),
+            ('"because"', "why.*because"),
+        ],
+    )
+    def test_what_is_no_decision_is_an_error_that_says_where(self, why: str, words: str) -> None:
+        with pytest.raises(PlanError, match=words):
+            Plan.from_json(f'{{"drop": ["a"], "why": {why}}}')
+
+    def test_no_compilation_is_made_anew_for_it(self) -> None:
+        model, x, counter = Tower(3), vectors(), Counter()
+        for why in ((), self.MADE):
+            plan = Plan(parallel=[model.mlps], why=why)
+            torch.compile(model, backend="ffnfuse", options={"plan": plan, "inner": counter})(x)
+
+        assert len(counter) == 1

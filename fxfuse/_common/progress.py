@@ -80,14 +80,8 @@ class _Bars:
     """One bar for each step that goes on, gone when it is done."""
 
     def __init__(self, still: bool) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        counted = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
+        columns = (TextColumn("{task.description}"), *counted, TimeElapsedColumn(), TimeRemainingColumn())
         self._still = still
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=not still)
         self._tasks: dict[_Step, TaskID] = {}

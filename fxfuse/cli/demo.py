@@ -89,7 +89,7 @@ class Result:
         }
         found = {
             "machine": str(self.machine),
-            "plan": self.plan.model_dump(),
+            "plan": json.loads(self.plan.to_json()),
             "metrics": {name: json.loads(metrics.to_json()) for name, metrics in self.metrics.items()},
             "latency": times,
             "latency_void": self.void,

@@ -128,7 +128,7 @@ def plan(
     made = plan_of(recorded, decisions)
     made.save(output)
     if json:
-        typer.echo(made.model_dump_json(indent=2))
+        typer.echo(made.to_json())
         return
     for decision in decisions:
         typer.echo(decision)

@@ -165,7 +165,7 @@ class Recording:
             "branches": [asdict(branch) for branch in self.branches],
             "groups": [asdict(group) for group in self.groups],
             "tokens": self.tokens,
-            "plan": {"version": self.plan.version, "drop": self.plan.drop, "parallel": self.plan.parallel},
+            "plan": json.loads(self.plan.to_json()),
             "model": dict(self.model),
         }
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}

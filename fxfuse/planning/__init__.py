@@ -4,7 +4,7 @@
 ``scores``     which attention is cheap to lose
 ``groups``     which FFNs follow each other, and how to part them into groups
 ``blocks``     which whole blocks may run in parallel (arXiv 2503.18908, appendix B)
-``decisions``  what became of each edit; the plan that follows
+``decisions``  the plan that follows from what became of each edit
 ``budget``     which edits fit within a budget
 ``make``       ``make_plan``, which puts these together
 ``meter``      what a plan costs: the KL of the planned model
@@ -14,9 +14,10 @@
 All but the last three are functions of a recording and of numbers.
 """
 
+from fxfuse.plan import Decision
 from fxfuse.planning.blocks import block_windows
 from fxfuse.planning.budget import search
-from fxfuse.planning.decisions import Decision, plan_of, propose
+from fxfuse.planning.decisions import plan_of, propose
 from fxfuse.planning.groups import Limits, propose_groups, runs
 from fxfuse.planning.make import Choices, decide, make_plan
 from fxfuse.planning.meter import Meter

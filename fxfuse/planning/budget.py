@@ -10,8 +10,8 @@ from typing import TypeAlias
 
 from fxfuse.errors import NotFiniteError, PlanError
 from fxfuse.measure.recording import Recording
-from fxfuse.plan import Plan
-from fxfuse.planning.decisions import Decision, dropped, plan_of
+from fxfuse.plan import Decision, Plan
+from fxfuse.planning.decisions import dropped, plan_of
 from fxfuse.planning.groups import Limits, distance, follow, in_two, promise, propose_groups, recorded_kl
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from fxfuse._common.progress import bar
 from fxfuse.data.batches import Batch, original
 from fxfuse.errors import OptionError
 from fxfuse.measure.recording import Recording
-from fxfuse.plan import Plan
+from fxfuse.plan import Decision, Plan
 from fxfuse.planning.budget import Cost, search
-from fxfuse.planning.decisions import Decision, plan_of, propose
+from fxfuse.planning.decisions import plan_of, propose
 from fxfuse.planning.groups import Limits
 from fxfuse.planning.meter import Meter
 from fxfuse.planning.scores import Score, cheapest, check_score, how_many

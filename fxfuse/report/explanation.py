@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import textwrap
+from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -18,6 +19,8 @@ from fxfuse.passes import REPORTS, apply_plan, simplify
 from fxfuse.passes.base import PassReport
 from fxfuse.passes.compatible import NO_OTHER
 from fxfuse.plan import Plan, flat
+from fxfuse.report.possible import Join, Possible, possible
+from fxfuse.report.table import WIDTH, decisions, table
 from fxfuse.stream.branch import Branch, Kind, number_of_parameters
 from fxfuse.stream.diagnosis import REPORT, Census, census
 from fxfuse.stream.finder import find_streams
@@ -41,7 +44,8 @@ class BranchInfo:
         edit: what the plan does with it: "drop", "parallel 0" (the group's number) or "".
         fused: "wide" if the plan makes it a part of one wide FFN, "gate_up" if its projections become one GEMM with
             those of others.
-        reason: why it is not fused, or no further.
+        reason: why it is not fused, or no further; without a plan, what could be done with it.
+        joins: without a plan, the neighbours with which it could become one wide FFN.
     """
 
     name: str
@@ -55,45 +59,51 @@ class BranchInfo:
     edit: str
     fused: Fused
     reason: str
+    joins: tuple[Join, ...] = ()
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The branches of a model, in stream order, and what a plan does with them; ``str()`` is a table."""
+    """The branches of a model, in stream order, and what a plan does or could do with them; ``str()`` is a table.
+
+    Attributes:
+        branches: the rows.
+        graphs, nodes: how many Dynamo made of the model, and how many nodes they have.
+        reports: of each pass, graph by graph.
+        seen: of a model without branches, what stands in its graphs.
+        plan: what is explained.
+    """
 
     branches: tuple[BranchInfo, ...]
     graphs: int
     nodes: int
     reports: tuple[PassReport, ...] = ()
     seen: tuple[Census, ...] = ()
+    plan: Plan = field(default_factory=Plan)
 
     def __str__(self) -> str:
         if not self.branches:
             lines = [f"no residual stream in {self.graphs} graph(s){self._broken}"]
             lines += [f"graph {number}: {each}" for number, each in enumerate(self.seen)]
             return "\n".join([*lines, REPORT])
-        header = ("branch", "kind", "reads", "parameters", "plan", "fused", "reason")
-        rows = [(b.name, b.kind, str(b.reads), f"{b.parameters:,}", b.edit, b.fused, b.reason) for b in self.branches]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header) - 1)]
-        lines = ["  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-                 for row in [header, tuple("-" * width for width in [*widths, 6]), *rows]]  # fmt: skip
         kinds = [branch.kind for branch in self.branches]
         summary = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        lines.append(f"{summary} in {self.graphs} graph(s), {self.nodes:,} nodes{self._broken}")
-        return "\n".join(lines)
+        summary += f" in {self.graphs} graph(s), {self.nodes:,} nodes{self._broken}"
+        told = decisions(self.plan.why, self.branches)
+        return "\n".join([*table(self.branches, bool(self.plan)), *told, *textwrap.wrap(summary, WIDTH)])
 
     @property
     def _broken(self) -> str:
         return "; TORCH_LOGS=graph_breaks shows what cut the model into several" if self.graphs > 1 else ""
 
     def to_json(self) -> str:
-        """The same as JSON: ``{"graphs": ..., "nodes": ..., "branches": [...], "seen": [...]}``.
+        """The same as JSON: ``{"graphs": ..., "nodes": ..., "branches": [...], "seen": [...], "plan": {...}}``.
 
         ``seen`` is what stands in the graphs of a model without branches, one text a graph.
         """
         branches = [asdict(branch) for branch in self.branches]
         data = {"graphs": self.graphs, "nodes": self.nodes, "branches": branches, "seen": [*map(str, self.seen)]}
-        return json.dumps(data, indent=2)
+        return json.dumps(data | {"plan": json.loads(self.plan.to_json())}, indent=2)
 
 
 def explain(
@@ -131,7 +141,7 @@ def explain(
     _check_groups(edits, names)
     nodes = sum(len(captured.gm.graph.nodes) for captured in graphs)
     seen = () if rows else tuple(census(captured.gm) for captured in graphs)
-    return Explanation(tuple(rows), len(graphs), nodes, tuple(reports), seen)
+    return Explanation(tuple(rows), len(graphs), nodes, tuple(reports), seen, edits)
 
 
 def _check_groups(plan: Plan, names: set[str]) -> None:
@@ -147,9 +157,11 @@ def _explain_graph(
     gm = captured.gm
     with transaction(gm):
         simplify(gm)
+        streams = find_streams(gm, captured.names)
+        could = Possible() if plan else possible(gm, captured.names, streams)
         rows = [
             (branch, stream_number, stream.sums_before(branch.read), index)
-            for stream_number, stream in enumerate(find_streams(gm, captured.names))
+            for stream_number, stream in enumerate(streams)
             for index, each in enumerate(stream.sums)
             for branch in each.branches
         ]
@@ -168,7 +180,8 @@ def _explain_graph(
             parameters=facts[branch.name][0],
             edit=_edit(branch.name, plan),
             fused=_fused(branch.name, reports),
-            reason=_reason(branch, plan, reports),
+            reason=_reason(branch, plan, could, reports),
+            joins=could.joins.get(branch.name, ()),
         )
         for branch, stream_number, reads, adds in rows
     ]
@@ -191,7 +204,7 @@ def _fused(name: str, reports: tuple[PassReport, ...]) -> Fused:
     return ""
 
 
-def _reason(branch: Branch, plan: Plan, reports: tuple[PassReport, ...]) -> str:
+def _reason(branch: Branch, plan: Plan, could: Possible, reports: tuple[PassReport, ...]) -> str:
     if _fused(branch.name, reports) == "wide":
         return ""
     for report in reports:
@@ -202,4 +215,6 @@ def _reason(branch: Branch, plan: Plan, reports: tuple[PassReport, ...]) -> str:
         return branch.reason
     if any(branch.name in flat(group) for group in plan.parallel):
         return NO_OTHER
-    return "no FFN stands in parallel with it"
+    if joins := could.joins.get(branch.name):
+        return f"could join {', and '.join(map(str, joins))}"
+    return could.reasons.get(branch.name, "no FFN stands in parallel with it")

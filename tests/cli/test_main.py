@@ -146,8 +146,9 @@ class TestExplain:
 
         assert code == 0
         for layer in range(2):
-            assert f"model.layers.{layer}.self_attn" in out
-            assert f"model.layers.{layer}.mlp" in out
+            assert f"\n{layer}.self_attn" in out
+            assert f"\n{layer}.mlp" in out
+        assert out.startswith("names begin with model.layers.\n")
 
     @pytest.mark.slow
     def test_every_branch_of_a_trained_model_is_understood(

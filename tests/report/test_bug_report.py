@@ -27,7 +27,7 @@ def test_it_writes_what_a_report_needs_and_no_weights(tmp_path: Path) -> None:
     assert json.loads(text["config.json"])["hidden_size"] == 32
     assert "float64[1, 7, 32] = call_function" in text["graph_0.txt"]
     assert "# model.layers.1.mlp.down_proj.weight" in text["graph_0.txt"]
-    assert re.search("model.layers.1.mlp +gated_ffn", text["branches.txt"])
+    assert re.search("1.mlp +gated_ffn", text["branches.txt"])
     assert "one FFN of width 80" in text["branches.txt"]
     assert fxfuse.Plan.load(tmp_path / "report" / "plan.json") == plan
     assert sum(map(len, text.values())) < 100_000
@@ -50,7 +50,7 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
     )
 
     assert result.exit_code == 0, result.output
-    assert "layers.1.mlp" in result.stdout
+    assert "names begin with layers." in result.stdout
     assert (tmp_path / "made" / "graph_0.txt").exists()
 
 

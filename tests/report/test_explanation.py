@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import Plan, PlanError
 from fxfuse.errors import CaptureError, OptionError
+from fxfuse.plan import Decision
 from tests.models.checks import assert_exact
 from tests.models.tiny import Counter, Tower, llama, tokens, vectors
 
@@ -47,17 +49,37 @@ class TestTheTable:
 
     def test_as_text_it_has_a_row_for_each_branch(self, table: fxfuse.Explanation) -> None:
         lines = str(table).splitlines()
-        assert lines[0].split() == ["branch", "kind", "reads", "parameters", "plan", "fused", "reason"]
-        assert len(lines) == 2 + 6 + 1
-        for branch, line in zip(table.branches, lines[2:], strict=False):
-            assert line.split()[:4] == [branch.name, branch.kind, str(branch.reads), f"{branch.parameters:,}"]
+        assert lines[0] == "names begin with model.layers."
+        assert lines[1].split() == ["branch", "kind", "reads", "weights", "note"]
+        assert len(lines) == 3 + 6 + 2
+        for branch, line in zip(table.branches, lines[3:], strict=False):
+            assert line.split()[:3] == [branch.name.removeprefix("model.layers."), branch.kind, str(branch.reads)]
+        assert lines[4].split() == "0.mlp gated_ffn 1 3.87K could join 1.mlp*".split()
         assert lines[-1].startswith("3 attention, 3 gated_ffn in 1 graph(s), ")
+
+    @pytest.mark.parametrize("planned", [False, True])
+    def test_no_line_is_longer_than_80_columns_however_long_names_and_reasons(self, planned: bool) -> None:
+        class Deep(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a_tower_of_layers_with_a_name_that_never_ends = Apart()
+                self.head = Tower(1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.a_tower_of_layers_with_a_name_that_never_ends(x))  # type: ignore[no-any-return]
+
+        mlps = [f"a_tower_of_layers_with_a_name_that_never_ends.second.layers.{k}.mlp" for k in (0, 2)]
+        plan = Plan(parallel=[mlps], why=[Decision("parallel", tuple(mlps), "kept", "very good " * 20, 0.1)])
+        found = fxfuse.explain(Deep(), vectors(), plan=plan if planned else None)
+
+        assert max(map(len, str(found).splitlines())) <= 80
+        assert sum("ffn" in line for line in str(found).splitlines()[:-1]) == len(found.branches) == 6
 
     def test_as_json_it_says_the_same(self, table: fxfuse.Explanation) -> None:
         data = json.loads(table.to_json())
         assert (data["graphs"], data["nodes"]) == (table.graphs, table.nodes)
         for row, branch in zip(data["branches"], table.branches, strict=True):
-            assert row == vars(branch)
+            assert row == json.loads(json.dumps(asdict(branch)))
 
     def test_a_model_without_a_stream_says_so(self) -> None:
         found = fxfuse.explain(nn.Linear(4, 4), torch.ones(2, 4))
@@ -80,6 +102,15 @@ class TestWithAPlan:
         assert [row.edit for row in rows] == ["", "parallel 0", "drop", "parallel 0", "parallel 1", "parallel 1"]
         assert [row.fused for row in rows] == ["", "wide", "", "wide", "", ""]
         assert [bool(row.reason) for row in rows] == [True, False, True, False, True, True]
+
+    def test_the_plans_decisions_are_shown(self) -> None:
+        model = Tower(2)
+        made = Decision("parallel", tuple(model.mlps), "kept", "adds 0.01; it may add 0.02", 0.25, kl=0.01, added=0.01)
+        found = fxfuse.explain(model, vectors(), plan=Plan(parallel=[model.mlps], why=[made]))
+
+        shown = " ".join(str(found).split())
+        assert "kept parallel 0.mlp + 1.mlp (score 0.25, KL 0.01): adds 0.01; it may add 0.02" in shown
+        assert json.loads(found.to_json())["plan"]["why"][0]["added"] == 0.01
 
     def test_reads_are_those_of_the_model_itself(self) -> None:
         model = Tower(3)

@@ -12,6 +12,7 @@ from torch import Tensor
 import fxfuse
 from fxfuse.errors import FxfuseError
 from fxfuse.report.explanation import BranchInfo
+from fxfuse.report.possible import LONELY
 from tests.zoo.anatomy import Anatomy, Block, dissect
 from tests.zoo.nets import Entry, Net, by_default
 from tests.zoo.reference import in_parallel, multiplies_its_stream, outputs, silenced
@@ -111,7 +112,8 @@ def _check(net: Net, result: Result) -> None:
     kinds = [branch.kind for branch in found.branches]
     result.kinds = {str(kind): kinds.count(kind) for kind in dict.fromkeys(kinds)}
     alone = fxfuse.Plan()
-    reasons = [b.reason for b in found.branches if b.kind in ("ffn", "gated_ffn") and b.reason != NO_NEIGHBOUR]
+    ffns = [b for b in found.branches if b.kind in ("ffn", "gated_ffn") and not b.joins]
+    reasons = [b.reason for b in ffns if b.reason not in ("", LONELY)]
     result.refusals = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
     result.empty_error = error(_compiled(net, alone), plain)
     planned = choose(anatomy, found.branches) if found.branches else _no_stream(found)
@@ -175,9 +177,6 @@ def _check_single(net: Net, plan: fxfuse.Plan, blocks: Sequence[Block], exact: T
         plain = outputs(net.model, net.inputs)
     own, found = ((made.double() - exact).norm() for made in (plain, _compiled(net, plan)))
     result.ratio = float(found / own)
-
-
-NO_NEIGHBOUR = "no FFN stands in parallel with it"
 
 
 def _compiled(net: Net, plan: fxfuse.Plan) -> Tensor:

@@ -178,8 +178,8 @@ class _Finder:
         return tuple(self._branch(*group) for group in groups)
 
     def _is_point(self, node: fx.Node) -> bool:
-        """Whether ``node`` is a point of the stream, or one times a weight: ``x + gain * x0`` adds no branch."""
-        allow = LINKS | Change.GAIN | Change.MASK
+        """Whether ``node`` is a point of the stream, times or over weights: ``x + gain * x0`` adds no branch."""
+        allow = LINKS | Change.GAIN | Change.DIVISOR | Change.MASK
         return peel(node, allow, self._constant, lambda inner: inner not in self._level) in self._level
 
     def _body(self, contribution: fx.Node, terms: set[fx.Node]) -> tuple[dict[fx.Node, None], set[fx.Node]]:

@@ -36,10 +36,10 @@ def before(node: fx.Node, constant: Container[fx.Node]) -> fx.Node | None:
 
 def way(node: fx.Node, constant: Container[fx.Node]) -> list[fx.Node]:
     """``node``, what it is a link or a factor of, and so on back."""
-    found = [node]
-    while (source := before(found[-1], constant)) is not None:
-        found.append(source)
-    return found
+    nodes = [node]
+    while (source := before(nodes[-1], constant)) is not None:
+        nodes.append(source)
+    return nodes
 
 
 def keeps(total: fx.Node, node: fx.Node) -> bool:

@@ -302,6 +302,32 @@ def test_a_term_that_does_not_read_the_stream_is_an_extra_and_breaks_nothing(roa
     assert [len(each.extras) for each in stream.sums] == [1, 1, 1, 1]
 
 
+WEIGHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "times a gain": lambda x, weight: weight * x,
+    "over a gain": lambda x, weight: x / weight,
+    "times a mask": lambda x, weight: x * torch.stack([weight] * x.shape[-2]),
+    "a cast of it": lambda x, weight: weight * x.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_an_earlier_point_of_the_stream_times_a_weight_adds_no_branch(name: str) -> None:
+    class Again(Decoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = h = x * 1.5
+            for layer in self.layers:
+                h = h + layer.mlp(layer.mlp_norm(h)) + WEIGHED[name](first, self.gain)
+            return h
+
+    stream = trace(ready(Again()), vectors()).stream
+
+    assert list(levels(stream)) == ["layers.0.mlp", "layers.1.mlp"]
+
+
 class Fork(Decoder):
     """Two towers on a common trunk."""
 

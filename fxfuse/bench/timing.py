@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
-from torch._dynamo.exc import BackendCompilerFailed
-from torch.utils._pytree import tree_leaves
 
+from fxfuse._torch.dynamo import backend_named, raising
+from fxfuse._torch.pytree import tree_leaves
 from fxfuse.errors import FxfuseError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def compare(
     Raises:
         FxfuseError: whatever ffnfuse has to say about the plan.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     options = {"inner": inner, "prepack": prepack} | ({} if plan is None else {"plan": plan})
     compiled = {
         ORIGINAL: torch.compile(case.model, backend=inner, dynamic=False),
@@ -144,12 +144,8 @@ def compare(
     calls = {name: _call(program, case) for name, program in compiled.items()}
     device = next((p.device for p in case.model.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        try:
+        with raising(FxfuseError):
             distance = relative_distance(calls[PLANNED](), calls[ORIGINAL]())
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, FxfuseError):
-                raise error.inner_exception from error
-            raise
         samples = interleave(calls, repeats, min_seconds, clock_of(device))
     return Comparison(phase, samples, distance)
 
@@ -208,7 +204,7 @@ def _call(program: Callable[..., object], case: Loaded) -> Callable[[], object]:
 
 def _another(inner: str) -> Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., object]]:
     """The same compiler under another identity: Dynamo reuses a compilation only for the same backend object."""
-    compiler = torch._dynamo.lookup_backend(inner)
+    compiler = backend_named(inner)
 
     def backend(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         return compiler(gm, example_inputs)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fxfuse._common.bounds import check_bound, check_count
-from fxfuse.data.batches import Batch, original
+from fxfuse._torch.compiled import original
+from fxfuse.data.batches import Batch
 from fxfuse.errors import OptionError
 from fxfuse.measure.recording import Recording
 from fxfuse.plan import Plan

@@ -1,4 +1,4 @@
-"""Versions of tensors, which ops in place count up. Seen on torch 2.11.0 and 2.13.0."""
+"""Versions of tensors, which ops in place count up. Seen on torch 2.13.0."""
 
 from __future__ import annotations
 

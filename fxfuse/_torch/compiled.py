@@ -1,4 +1,4 @@
-"""Compiled modules: what torch.compile left in a module, or made of it. Seen on torch 2.11.0 and 2.13.0.
+"""Compiled modules: what torch.compile left in a module, or made of it. Seen on torch 2.13.0.
 
 torch.compile gives no public way back: neither to the module, nor to the arguments that it was called with, nor to call
 the module uncompiled.

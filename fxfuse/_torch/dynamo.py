@@ -1,4 +1,4 @@
-"""Dynamo from outside: its settings, its errors, its records. Seen on torch 2.11.0 and 2.13.0."""
+"""Dynamo from outside: its settings, its errors, its records. Seen on torch 2.13.0."""
 
 from __future__ import annotations
 

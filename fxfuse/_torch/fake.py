@@ -1,4 +1,4 @@
-"""Tensors without values, and the modes that make them. Seen on torch 2.11.0 and 2.13.0.
+"""Tensors without values, and the modes that make them. Seen on torch 2.13.0.
 
 There is no public class of them, and graphs are full of them.
 """

@@ -1,4 +1,4 @@
-"""Inductor, called as a function and extended by a pass. Seen on torch 2.11.0 and 2.13.0.
+"""Inductor, called as a function and extended by a pass. Seen on torch 2.13.0.
 
 ``torch.compile(backend="inductor")`` would trace anew the graph that is there.
 """

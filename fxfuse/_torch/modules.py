@@ -1,4 +1,4 @@
-"""The insides of ``nn.Module``: hooks that were registered, and the dicts of parts. Seen on torch 2.11.0 and 2.13.0."""
+"""The insides of ``nn.Module``: hooks that were registered, and the dicts of parts. Seen on torch 2.13.0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Dynamo is compiling at this moment, as told by its stack. Seen on torch 2.11.0 and 2.13.0.
+"""What Dynamo is compiling at this moment, as told by its stack. Seen on torch 2.13.0.
 
 A backend gets a graph and its inputs, and no public API tells what they are a part of.
 """

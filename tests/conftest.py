@@ -37,7 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_report_header() -> str:
     """What the suite runs on: a failure elsewhere is told from one everywhere."""
     dtypes = [str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16) if onednn.computes(dtype)]
-    multiplies = f"oneDNN multiplies {' and '.join(['float32', *dtypes])}" if onednn.available() else "no oneDNN"
+    multiplies = (
+        f"oneDNN multiplies {' and '.join(['float32', *dtypes])}" if onednn.computes(torch.float32) else "no oneDNN"
+    )
     processor = torch.backends.cpu.get_cpu_capability()
     return f"Python {platform.python_version()}, torch {torch.__version__}, {processor}; {multiplies}"
 

@@ -192,7 +192,7 @@ MUTATIONS = (
     Mutation(
         "trust what was traced without a plan",
         "fxfuse/model/force.py",
-        'vars(holder)["_modules"] = _Watched(holder._modules)',
+        "set_parts(holder, _Watched(parts(holder)))",
         "pass",
         ("tests/model/test_force.py", "-k", "before"),
     ),

@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import trace_rules
 
+from fxfuse._torch.compiled import COMPILED_CALL, compiled_call, set_compiled_call, uncompiled_call
+from fxfuse._torch.dynamo import skips
+from fxfuse._torch.modules import PARTS, pre_hooks
 from fxfuse.backend.frontend import own_code
 from fxfuse.backend.options import Compiler, Options
 from fxfuse.model.force import Watch, watch_of, without_watches
@@ -67,13 +69,13 @@ def apply(
 
 _State: TypeAlias = tuple[dict[str, object], dict[int, Callable[..., object]]]
 
-_CALLED = ("_compiled_call_impl", "__deepcopy__", "_modules")
+_CALLED = (COMPILED_CALL, "__deepcopy__", PARTS)
 """The attributes of a module that applying a plan sets."""
 
 
 def _state(module: nn.Module) -> _State:
     own = vars(module)
-    return {name: own[name] for name in _CALLED if name in own}, dict(module._forward_pre_hooks)
+    return {name: own[name] for name in _CALLED if name in own}, dict(pre_hooks(module))
 
 
 def _put_back(states: list[tuple[nn.Module, _State]]) -> None:
@@ -82,8 +84,8 @@ def _put_back(states: list[tuple[nn.Module, _State]]) -> None:
         for name in _CALLED:
             vars(module).pop(name, None)
         vars(module).update(own)
-        module._forward_pre_hooks.clear()
-        module._forward_pre_hooks.update(hooks)
+        pre_hooks(module).clear()
+        pre_hooks(module).update(hooks)
 
 
 def _compile(model: nn.Module, options: Mapping[str, object], plan: Plan) -> nn.Module:
@@ -93,16 +95,17 @@ def _compile(model: nn.Module, options: Mapping[str, object], plan: Plan) -> nn.
         return {**options} if watch is None else {**options, "guard_filter_fn": without_watches}
 
     model.compile(backend="ffnfuse", options=own())
-    if trace_rules.check(model.forward):
+    if skips(model.forward):
         # Dynamo skips what is torch's own, such as nn.Sequential's forward, and would compile each child by itself.
-        call: Callable[..., object] = model._call_impl
+        call = uncompiled_call(model)
 
         def frame(*args: object, **kwargs: object) -> object:
             return call(*args, **kwargs)
 
-        model._compiled_call_impl = torch.compile(own_code(frame), backend="ffnfuse", options=own())
-    assert model._compiled_call_impl is not None
-    model._compiled_call_impl = (watch or Watch(plan)).over(model._compiled_call_impl, watching=watch is not None)
+        set_compiled_call(model, torch.compile(own_code(frame), backend="ffnfuse", options=own()))
+    compiled = compiled_call(model)
+    assert compiled is not None
+    set_compiled_call(model, (watch or Watch(plan)).over(compiled, watching=watch is not None))
     vars(model)["__deepcopy__"] = _Copier(model, options, plan)  # copy asks the object, and not only its class
     return model
 
@@ -112,7 +115,7 @@ class _Copier:
 
     def __init__(self, model: nn.Module, options: Mapping[str, object], plan: Plan) -> None:
         self._model, self._options, self._plan = model, options, plan
-        self._compiled = model._compiled_call_impl
+        self._compiled = compiled_call(model)
 
     def __call__(self, memo: dict[int, object]) -> nn.Module:
         own = vars(self._model)
@@ -121,7 +124,7 @@ class _Copier:
             made = copy.deepcopy(self._model, memo)
         finally:
             own["__deepcopy__"] = self
-        if self._model._compiled_call_impl is not self._compiled:
+        if compiled_call(self._model) is not self._compiled:
             return made  # somebody has compiled the model anew, and its copies follow no plan either
         return _compile(made, self._options, self._plan)
 

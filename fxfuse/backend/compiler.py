@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
-from torch._logging._internal import trace_structured
 
+from fxfuse._torch.dynamo import backend_named, never_original, page
+from fxfuse._torch.fake import mode_of
+from fxfuse._torch.inductor import compile_graph, options_of_mode
+from fxfuse._torch.sources import forget_inputs
+from fxfuse._torch.tracing import update_options
 from fxfuse.backend.frontend import take
 from fxfuse.backend.naming import compiled_root, elsewhere, for_root
 from fxfuse.backend.options import Options
@@ -51,7 +54,7 @@ def ffnfuse(
         VerifyError: under the option ``verify``, a fusion that is not what it replaces.
     """
     if (options or {}).get("plan") is not None:
-        _never_unplanned()
+        never_original()  # which is not the planned model
     chosen = Options.parse(options or {})
     _remember(chosen)
     root = compiled_root()
@@ -85,20 +88,8 @@ def ffnfuse(
     else:
         compiled = call = PackedCall(recipes, chosen.weights)
         call.compiled = compiler(gm, [*example_inputs, *_packed_examples(recipes, call, example_inputs)])
-    _forget_inputs(gm)
+    forget_inputs(gm.graph)
     return told(compiled) if plan else compiled
-
-
-def _never_unplanned() -> None:
-    """Past its limit of recompilations, and after an error that it is to suppress, Dynamo runs the original code.
-
-    That is not the planned model, so both become errors, and the limit generous enough for a ``generate`` of mixed
-    lengths (about 8 graphs a model).
-    """
-    config = torch._dynamo.config
-    config.suppress_errors = False
-    config.recompile_limit = max(config.recompile_limit, 64)
-    config.fail_on_recompile_limit_hit = True
 
 
 def _dump_folder(dump: str | None) -> Path | None:
@@ -109,27 +100,13 @@ def _dump_folder(dump: str | None) -> Path | None:
     return Path(dump, f"graph{number}")
 
 
-def _forget_inputs(gm: fx.GraphModule) -> None:
-    """Drop the weak references to the inputs that Dynamo's graph has, as Dynamo does with its own.
-
-    ``torch.utils.swap_tensors`` refuses a tensor that something refers to.
-    """
-    for node in gm.graph.find_nodes(op="placeholder"):
-        node.meta.pop("grapharg", None)
-
-
 def _remember(chosen: Options) -> None:
     """Let torch.compile's wrapper hold options of its own, with the plan that was read and not only its path.
 
     It compares its options with those of earlier calls to decide whether their graphs serve it too. So a file or a
     dict that has changed since makes the two differ, and all graphs of one call follow one plan.
     """
-    wrapper = sys._getframe(2).f_locals.get("self")
-    if isinstance(wrapper, torch._TorchCompileWrapper) and "options" in wrapper.kwargs:
-        own = dict(wrapper.kwargs["options"])
-        if isinstance(chosen.plan, PlanFile):
-            own["plan"] = chosen.plan
-        wrapper.kwargs = {**wrapper.kwargs, "options": own}
+    update_options({"plan": chosen.plan} if isinstance(chosen.plan, PlanFile) else {})
 
 
 def _inner(chosen: Options, mode: str | None) -> Callable[[fx.GraphModule, list[Tensor]], Callable[..., object]]:
@@ -139,27 +116,23 @@ def _inner(chosen: Options, mode: str | None) -> Callable[[fx.GraphModule, list[
     if chosen.inner == "inductor":
         patches = dict(chosen.inner_options)
         if mode is not None:
-            patches = {**torch._inductor.list_mode_options(mode), **patches}
-        from torch._inductor.compile_fx import compile_fx
+            patches = {**options_of_mode(mode), **patches}
 
         def inductor(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
             own = patches if _trains(inputs) else with_linear_maps(gm, patches)
             if chosen.prepack:
                 own = {"size_asserts": False, **own}  # prepacked weights have no strides to assert
-            compiled = compile_fx(gm, inputs, config_patches=own or None)
-            assert callable(compiled)
-            return compiled
+            return compile_graph(gm, inputs, own)
 
         return inductor
     if mode is not None:
         raise OptionError(f"mode={mode!r} is inductor's; option 'inner' is {chosen.inner!r}")
     if chosen.inner == "ffnfuse":
         raise OptionError("option 'inner' cannot be 'ffnfuse' itself")
-    from torch._dynamo.backends.registry import list_backends, lookup_backend
-
-    if chosen.inner not in list_backends(exclude_tags=()):
-        raise OptionError(f"option 'inner': no backend {chosen.inner!r}; there are {', '.join(list_backends())}")
-    return lookup_backend(chosen.inner)
+    if chosen.inner not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise OptionError(f"option 'inner': no backend {chosen.inner!r}; there are {known}")
+    return backend_named(chosen.inner)
 
 
 def _trains(inputs: Sequence[object]) -> bool:
@@ -175,7 +148,7 @@ def _packed_examples(recipes: Sequence[Recipe], call: PackedCall, example_inputs
     Raises:
         PlanError: weights that the model computes by an op that cannot be run without values.
     """
-    mode = torch._guards.detect_fake_mode(example_inputs)
+    mode = mode_of(example_inputs)
     if mode is None:
         return list(call.tensors(example_inputs))
     fakes = []
@@ -225,6 +198,4 @@ def _possible(branches: list[Branch], fusable: list[Branch]) -> str:
 def _trace(gm: fx.GraphModule) -> None:
     """A page in tlparse, and ``TORCH_LOGS="+fxfuse"``, of what was done."""
     text = "\n".join([gm.meta[FOUND], *map(str, gm.meta[REPORTS])])
-    trace_structured(
-        "artifact", metadata_fn=lambda: {"name": "fxfuse_passes", "encoding": "string"}, payload_fn=lambda: text
-    )
+    page("fxfuse_passes", text)

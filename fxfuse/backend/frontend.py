@@ -9,20 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import TorchDynamoException
 
+from fxfuse._torch.compiled import COMPILED_CALL
+from fxfuse._torch.dynamo import innermost
 from fxfuse.backend.naming import guard_modules, names_in, specialise
 from fxfuse.errors import CaptureError
 from fxfuse.graph.surgery import copy_module
 from fxfuse.model.force import uncompiled
 from fxfuse.model.pruning import APART
-
-
-def innermost(error: BaseException) -> BaseException:
-    """What went wrong: Dynamo wraps it, and says less with each wrapping."""
-    while isinstance(error, TorchDynamoException) and (inner := error.__cause__ or error.__context__):
-        error = inner
-    return error
 
 
 @dataclass(frozen=True)
@@ -157,7 +151,7 @@ def twin(model: nn.Module) -> nn.Module:
     Dynamo keeps its graphs with the code of the function that it compiled, here one of the handle's own.
     """
     made: nn.Module = object.__new__(type(model))
-    vars(made).update(vars(model) | {"_compiled_call_impl": None})
+    vars(made).update(vars(model) | {COMPILED_CALL: None})
     forward = made.forward
 
     def call(self: nn.Module, *args: object, **kwargs: object) -> object:

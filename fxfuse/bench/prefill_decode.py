@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from fxfuse._torch.pytree import tree_leaves
 from fxfuse.bench.timing import Samples, clock_of, interleave
 from fxfuse.data.batches import cache_keyword, cache_of
 from fxfuse.errors import FxfuseError

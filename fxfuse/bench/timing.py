@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
-from torch._dynamo.exc import BackendCompilerFailed
-from torch.utils._pytree import tree_leaves
 
 from fxfuse._common.progress import bar
+from fxfuse._torch.dynamo import backend_named, raising
+from fxfuse._torch.pytree import tree_leaves
 from fxfuse.errors import FxfuseError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def compare(
     Raises:
         FxfuseError: whatever ffnfuse has to say about the plan.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     options = {"inner": inner, "prepack": prepack} | ({} if plan is None else {"plan": plan})
     compiled = {
         ORIGINAL: torch.compile(case.model, backend=inner, dynamic=False),
@@ -152,15 +152,10 @@ def compare(
     calls = {name: _call(program, case) for name, program in compiled.items()}
     device = next((p.device for p in case.model.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        try:
-            with bar(f"{phase}: compiling", "programs", 2, progress) as advance:
-                planned = calls[PLANNED]()
-                advance(1)
-                distance = relative_distance(planned, calls[ORIGINAL]())
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, FxfuseError):
-                raise error.inner_exception from error
-            raise
+        with raising(FxfuseError), bar(f"{phase}: compiling", "programs", 2, progress) as advance:
+            planned = calls[PLANNED]()
+            advance(1)
+            distance = relative_distance(planned, calls[ORIGINAL]())
         samples = interleave(calls, repeats, min_seconds, clock_of(device), phase if progress else "")
     return Comparison(phase, samples, distance)
 
@@ -219,7 +214,7 @@ def _call(program: Callable[..., object], case: Loaded) -> Callable[[], object]:
 
 def _another(inner: str) -> Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., object]]:
     """The same compiler under another identity: Dynamo reuses a compilation only for the same backend object."""
-    compiler = torch._dynamo.lookup_backend(inner)
+    compiler = backend_named(inner)
 
     def backend(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         return compiler(gm, example_inputs)

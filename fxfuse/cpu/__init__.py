@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from fxfuse._torch.inductor import CustomGraphPass, get_hash_for_files, is_set
 from fxfuse.cpu.gemm import other_gemms
 from fxfuse.cpu.gemv import few_rows_as_loops, measure
 
@@ -39,7 +38,7 @@ def with_linear_maps(gm: fx.GraphModule, options: Mapping[str, object]) -> dict[
 
     A pass of the user's own in the same place keeps it.
     """
-    if PASS in options or getattr(torch._inductor.config, PASS) is not None:
+    if PASS in options or is_set(PASS):
         return dict(options)
     measure(gm)
     return {**options, PASS: LinearMaps()}

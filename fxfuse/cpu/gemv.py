@@ -11,13 +11,13 @@ Exact: a sum of the same products, formed in float32, in another order.
 from __future__ import annotations
 
 from functools import cache
-from typing import cast
 
 import torch
 from torch import fx, ops
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from fxfuse._torch.fake import tracing_nothing
+from fxfuse._torch.inductor import compile_graph
 from fxfuse.cpu.products import DTYPES, Product, as_dtype, products
 from fxfuse.cpu.race import Linear, Size, aten, wins
 from fxfuse.graph.ops import op
@@ -85,9 +85,7 @@ def loops_win(size: Size) -> bool:
 @cache
 def compiled_loops(size: Size) -> Linear:
     """``x @ weight.T`` as inductor writes it for loops."""
-    from torch._inductor.compile_fx import compile_fx
-
-    with torch.no_grad(), _disable_current_modes(), torch._guards.tracing(None):
+    with tracing_nothing():
         inputs = [torch.empty(count, size.fan_in, dtype=size.dtype) for count in (size.rows, size.fan_out)]
         gm = make_fx(lambda x, weight: torch.mm(x, weight.t()), tracing_mode="fake")(*inputs)
         (product,) = products(gm.graph)
@@ -95,7 +93,7 @@ def compiled_loops(size: Size) -> Linear:
             made = _loops(gm.graph, product, size.rows)
         product.replace(made)
         gm.recompile()
-        return cast("Linear", compile_fx(gm, inputs))
+        return compile_graph(gm, inputs)
 
 
 def _loops(graph: fx.Graph, product: Product, count: int) -> fx.Node:

@@ -8,12 +8,12 @@ multiply a dtype, as bfloat16 on processors with no more than AVX2, both are PyT
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from fxfuse._torch import onednn
+from fxfuse._torch.fake import FakeTensor
 
 _LIBRARY = torch.library.Library("fxfuse", "FRAGMENT")  # its ops live as long as this object does
 for _name in ("linear", "prepacked_linear"):
@@ -25,23 +25,9 @@ _ROWS = 1
 """The number of rows for which oneDNN chooses the layout; it serves others as well."""
 
 
-def available() -> bool:
-    """Whether this build of PyTorch has oneDNN, and it is not switched off."""
-    return bool(torch._C._has_mkldnn and torch.backends.mkldnn.enabled)
-
-
 def computes(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there, and multiplies matrices of ``dtype`` on this processor."""
-    return available() and _knows(dtype)
-
-
-@cache
-def _knows(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32
+    return onednn.available() and onednn.multiplies(dtype)
 
 
 def prepack(weight: Tensor) -> Tensor:
@@ -51,15 +37,13 @@ def prepack(weight: Tensor) -> Tensor:
     """
     if weight.device.type != "cpu" or isinstance(weight, FakeTensor) or not computes(weight.dtype):
         return weight.contiguous()
-    made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
-    return made
+    return onednn.reordered(weight.contiguous(), _ROWS)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not weight.is_mkldnn and not computes(x.dtype):
         return F.linear(x, weight, bias)
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return made
+    return onednn.linear(x, weight, bias)
 
 
 def _shape(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,7 +12,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from fxfuse._torch.fake import real_tensors
 
 Linear: TypeAlias = Callable[[Tensor, Tensor], object]
 
@@ -74,7 +75,7 @@ def fastest(
     margin: float = MARGIN,
 ) -> Linear:
     """The fastest of the ``challengers``, over weights that ``prepare`` has prepared for them, or the ``champion``."""
-    with torch.no_grad(), _disable_current_modes():
+    with real_tensors():
         x = torch.randn(size.rows, size.fan_in).to(size.dtype)
         one = torch.randn(size.fan_out, size.fan_in).to(size.dtype)
         weights = [one.clone() for _ in range(max(1, min(_WEIGHTS, _BYTES // (one.element_size() * one.numel()))))]

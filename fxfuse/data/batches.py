@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fxfuse.backend.frontend import innermost
+from fxfuse._torch.compiled import original
+from fxfuse._torch.dynamo import innermost
 from fxfuse.errors import FxfuseError, RecordError
 
 Batch: TypeAlias = Mapping[str, object]
@@ -94,21 +95,6 @@ def is_data(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(is_data, value.values()))
     return value is None or isinstance(value, Tensor | bool | int | float | str)
-
-
-def thoroughly() -> AbstractContextManager[None]:
-    """Inside, each kind of call is traced, whatever their number: Dynamo must never run the original code instead."""
-    config: AbstractContextManager[None] = torch._dynamo.config.patch(
-        suppress_errors=False, recompile_limit=64, fail_on_recompile_limit_hit=True
-    )
-    return config
-
-
-def original(model: nn.Module) -> nn.Module:
-    """The module itself where ``model`` is what torch.compile returned for it."""
-    while isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod
-    return model
 
 
 def logits_of(output: object) -> Tensor | None:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
+from fxfuse._torch.pytree import tree_map_only
 from fxfuse.errors import FxfuseError, LoadError, MissingDependencyError
 
 if TYPE_CHECKING:

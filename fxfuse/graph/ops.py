@@ -18,6 +18,18 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import Argument, Target
 
+from fxfuse._torch.ops import (
+    BARRIERS,
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    nn_functions,
+    op_name,
+    overload_name,
+    overloads_of,
+    schema,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Op:
@@ -47,8 +59,6 @@ def _row(
 ) -> _Spelling:
     return _Spelling(name, tuple(parameters.split()), tuple(functions), tuple(methods.split()), tuple(aten.split()))
 
-
-_nn = torch._C._nn
 
 _TABLE: tuple[_Spelling, ...] = (
     # arithmetic
@@ -107,7 +117,7 @@ _TABLE: tuple[_Spelling, ...] = (
     _row("sigmoid", "input", (torch.sigmoid, F.sigmoid, torch.special.expit), "sigmoid", "sigmoid"),
     _row("tanh", "input", (torch.tanh, F.tanh), "tanh", "tanh"),
     # matrix products
-    _row("linear", "input weight bias", (F.linear, _nn.linear), "", "linear"),
+    _row("linear", "input weight bias", (F.linear, nn_functions.linear), "", "linear"),
     _row("matmul", "input other", (operator.matmul, torch.matmul, torch.mm), "matmul mm __matmul__", "matmul mm"),
     _row("addmm", "bias input other", (torch.addmm,), "addmm", "addmm"),
     _row("bmm", "input other", (torch.bmm,), "bmm", "bmm"),
@@ -264,19 +274,19 @@ def _nameless(node: fx.Node) -> Op | None:
     overload = _pointwise_overload(node.target)
     if overload is None or node.kwargs or mutated_arguments(node):
         return None
-    parameters = [each.name for each in overload._schema.arguments]
+    parameters = [each.name for each in schema(overload).arguments]
     if len(node.args) > len(parameters) or not isinstance(node.args[0], fx.Node):
         return None
-    return Op(_POINTWISE + overload._opname, dict(zip(("input", *parameters[1:]), node.args, strict=False)))
+    return Op(_POINTWISE + op_name(overload), dict(zip(("input", *parameters[1:]), node.args, strict=False)))
 
 
 @cache
-def _pointwise_overload(target: Target) -> torch._ops.OpOverload | None:
+def _pointwise_overload(target: Target) -> OpOverload | None:
     """The aten overload that an op is or is named after, if all of its name are pointwise, draw nothing, return no view."""
     packet: object
-    if isinstance(target, torch._ops.OpOverload):
-        packet = target._overloadpacket
-        if target._schema.name.partition("::")[0] != "aten":
+    if isinstance(target, OpOverload):
+        packet = target.overloadpacket
+        if schema(target).name.partition("::")[0] != "aten":
             return None
     else:
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
@@ -284,20 +294,20 @@ def _pointwise_overload(target: Target) -> torch._ops.OpOverload | None:
         if module not in ("", "None", "torch", "torch.nn.functional", "torch._C._nn") or name.startswith("_"):
             return None
         packet = getattr(torch.ops.aten, name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, OpOverloadPacket):
         return None
-    overloads = [each for each in _overloads(packet) if "out" not in each._overloadname and _takes_a_tensor(each)]
+    overloads = [each for each in overloads_of(packet) if "out" not in overload_name(each) and _takes_a_tensor(each)]
     pure = all(
         torch.Tag.pointwise in each.tags
         and torch.Tag.nondeterministic_seeded not in each.tags
-        and all(result.alias_info is None or result.alias_info.is_write for result in each._schema.returns)
+        and all(result.alias_info is None or result.alias_info.is_write for result in schema(each).returns)
         for each in overloads
     )
-    return (target if isinstance(target, torch._ops.OpOverload) else overloads[0]) if overloads and pure else None
+    return (target if isinstance(target, OpOverload) else overloads[0]) if overloads and pure else None
 
 
-def _takes_a_tensor(overload: torch._ops.OpOverload) -> bool:
-    arguments = overload._schema.arguments
+def _takes_a_tensor(overload: OpOverload) -> bool:
+    arguments = schema(overload).arguments
     return bool(arguments) and isinstance(arguments[0].type, torch.TensorType)
 
 
@@ -331,8 +341,8 @@ _ALIASES = {"self": "input", "normalized_shape": "shape", "split_size_or_section
 def _row_of(target: Target) -> tuple[_Spelling | None, tuple[str, ...]]:
     """The row of the table for a target, and the names of its positional arguments."""
     row: _Spelling | None
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, _, name = target._schema.name.partition("::")
+    if isinstance(target, OpOverload):
+        namespace, _, name = schema(target).name.partition("::")
         row = _BY_ATEN.get(name) if namespace == "aten" or name == "convert_element_type" else None
     elif isinstance(target, str):
         row = _BY_METHOD["to"] if target in FLOATING_METHODS else _BY_METHOD.get(target)
@@ -390,19 +400,14 @@ def asks_for_inplace(node: fx.Node) -> bool:
     return position is not None and position < len(node.args) and node.args[position] is True
 
 
-def _overloads(packet: torch._ops.OpOverloadPacket) -> list[torch._ops.OpOverload]:
-    names: list[str] = packet.overloads()  # type: ignore[no-untyped-call]  # torch does not annotate it
-    return [getattr(packet, name) for name in names]
-
-
 @cache
-def _written_parameters(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> tuple[tuple[int, str], ...]:
+def _written_parameters(target: OpOverload | OpOverloadPacket) -> tuple[tuple[int, str], ...]:
     """Position and name of each argument that an overload writes; of a packet, what any of its overloads writes."""
-    overloads = [target] if isinstance(target, torch._ops.OpOverload) else _overloads(target)
+    overloads = [target] if isinstance(target, OpOverload) else overloads_of(target)
     written = {
         (i, a.name)
         for overload in overloads
-        for i, a in enumerate(overload._schema.arguments)
+        for i, a in enumerate(schema(overload).arguments)
         if a.alias_info is not None and a.alias_info.is_write
     }
     return tuple(sorted(written))
@@ -416,10 +421,10 @@ def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
 def _mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     target = node.target
     found: list[Argument] = []
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         if "mutation" in str(target):  # a Triton kernel of the model's own, which tells not what it writes
             found.extend(node.all_input_nodes)
-    elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    elif isinstance(target, OpOverload | OpOverloadPacket):
         for index, name in _written_parameters(target):
             found.append(node.args[index] if index < len(node.args) else node.kwargs.get(name))
     elif "out" in node.kwargs:
@@ -454,20 +459,9 @@ def is_random(node: fx.Node) -> bool:
     return any(word in name for word in ("rand", "dropout", "bernoulli", "multinomial", "normal_", "uniform"))
 
 
-_BARRIER_NAMES = (
-    "_enter_autocast",
-    "_exit_autocast",
-    "_set_grad_enabled",
-    "_enter_inference_mode",
-    "_exit_inference_mode",
-    "_vmap_increment_nesting",
-    "_vmap_decrement_nesting",
-)
-
-
 def is_barrier(node: fx.Node) -> bool:
     """A node that changes what the ops after it mean: borders of autocast, grad mode, vmap. Nothing moves across one."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in _BARRIER_NAMES
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in BARRIERS
 
 
 def is_impure(node: fx.Node) -> bool:

@@ -11,9 +11,9 @@ import operator
 from collections import defaultdict
 from collections.abc import Mapping
 
-import torch
 from torch import fx
 
+from fxfuse._torch.ops import OpOverload, OpOverloadPacket, schema
 from fxfuse.graph.ops import VIEWS, is_barrier, mutated_arguments, op
 from fxfuse.graph.values import dtype, value
 
@@ -166,9 +166,7 @@ def _may_alias(node: fx.Node) -> tuple[fx.Node, ...]:
         return written if copies else (*written, source)
     if written:
         return written
-    if isinstance(node.target, torch._ops.OpOverload) and all(
-        r.alias_info is None for r in node.target._schema.returns
-    ):
+    if isinstance(node.target, OpOverload) and all(r.alias_info is None for r in schema(node.target).returns):
         return ()
     return tuple(node.all_input_nodes)
 
@@ -190,10 +188,10 @@ def rewrites(node: fx.Node) -> fx.Node | None:
     written = mutated_arguments(node)
     if len(written) != 1 or node.target in (operator.setitem, "__setitem__"):
         return None
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(node.target, OpOverload | OpOverloadPacket):
         # By its schema, which a packet does not have: the first value returned is the one argument written.
-        schema = getattr(node.target, "_schema", None)
-        info = schema.returns[0].alias_info if schema is not None and len(schema.returns) == 1 else None
+        returns = schema(node.target).returns if isinstance(node.target, OpOverload) else ()
+        info = returns[0].alias_info if len(returns) == 1 else None
         return written[0] if info is not None and info.is_write else None
     made, known = value(node), value(written[0])
     return written[0] if made is not None and known is not None and made.shape == known.shape else None

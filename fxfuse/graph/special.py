@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxfuse._torch.fake import FakeTensor, is_traceable_wrapper_subclass
+from fxfuse._torch.sources import example
 from fxfuse.graph.values import value
 
 
@@ -21,19 +21,12 @@ def unpackable(weights: Iterable[fx.Node | None]) -> str:
         if node in seen:
             continue
         seen.add(node)
-        for held in (value(node), _example(node)):
+        for held in (value(node), example(node)):
             if held is not None and _is_special(held):
                 name = type(held).__name__
                 return f"its weights are of the tensor class {name}, and only plain tensors can be packed into one"
         stack.extend(node.all_input_nodes)
     return ""
-
-
-def _example(node: fx.Node) -> torch.Tensor | None:
-    """The tensor that Dynamo traced an input with, while it lives."""
-    found = getattr(node.meta.get("grapharg"), "_example", None)
-    held = found() if callable(found) else found
-    return held if isinstance(held, torch.Tensor) else None
 
 
 def _is_special(held: torch.Tensor) -> bool:

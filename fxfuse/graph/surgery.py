@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from torch import fx
 
+from fxfuse._torch.ops import REGIONS
+from fxfuse._torch.sources import copy_names, copy_sources
 from fxfuse.graph.ops import is_barrier, is_impure, mutated_arguments
 from fxfuse.graph.order import writes_in_vain
 from fxfuse.graph.written import untie_writes
@@ -44,9 +46,7 @@ def transaction(gm: fx.GraphModule, restore: bool = True, tied: bool = False) ->
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy that keeps what Dynamo writes on placeholders beside ``meta``: their sources."""
     made = copy.deepcopy(graph)
-    for old, new in zip(graph.find_nodes(op="placeholder"), made.find_nodes(op="placeholder"), strict=True):
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+    copy_sources(graph, made)
     return made
 
 
@@ -54,9 +54,7 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph with its module: nodes and ``meta`` are its own, the attributes those of ``gm``."""
     made = fx.GraphModule(gm, copy_graph(gm.graph))
     made.meta = dict(gm.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
-        if hasattr(gm, name):
-            setattr(made, name, getattr(gm, name))
+    copy_names(gm, made)
     return made
 
 
@@ -75,16 +73,13 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node], keep: Container[fx.Nod
     return list(erased)
 
 
-_EMPTY = {("_vmap_increment_nesting", "_vmap_decrement_nesting"), ("_enter_autocast", "_exit_autocast")}
-
-
 def erase_empty_regions(graph: fx.Graph) -> None:
     """Erase regions that hold nothing any more: their borders would keep others from moving."""
     opened: list[fx.Node] = []
     for node in list(graph.nodes):
         if not is_barrier(node):
             opened.clear()
-        elif opened and (_name(opened[-1]), _name(node)) in _EMPTY:
+        elif opened and (_name(opened[-1]), _name(node)) in REGIONS:
             graph.erase_node(node)
             graph.erase_node(opened.pop())
         else:

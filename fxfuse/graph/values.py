@@ -18,6 +18,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fxfuse._torch.sources import source_text
+
 Dim: TypeAlias = int | sympy.Expr
 
 
@@ -170,18 +172,9 @@ def called_module(node: fx.Node) -> torch.nn.Module | None:
 _SEGMENT = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
 
-def _source(node: fx.Node) -> str | None:
-    """Where Dynamo got an input from, as Python text: ``L['self']._modules['mlp']._parameters['weight']``."""
-    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
-    if source is None:
-        return None
-    name = source.name
-    return name if isinstance(name, str) else str(name())
-
-
 def module_path(node: fx.Node) -> str:
     """The dotted path of an input below the outermost module of its source; empty if it is not a module's tensor."""
-    source = _source(node)
+    source = source_text(node)
     if source is None or not re.search(r"\._(?:parameters|buffers)\['[^']+'\]$", source):
         return ""
     return clean(".".join(_SEGMENT.findall(source)))
@@ -191,7 +184,7 @@ def is_buffer(node: fx.Node) -> bool:
     """Whether a weight of the graph is known to be a buffer of its module, and no parameter."""
     if node.op == "get_attr":
         return not isinstance(value(node), torch.nn.Parameter)
-    return bool(re.search(r"\._buffers\['[^']+'\]$", _source(node) or ""))
+    return bool(re.search(r"\._buffers\['[^']+'\]$", source_text(node) or ""))
 
 
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")

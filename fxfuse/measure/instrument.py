@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
+from fxfuse._torch.pytree import tree_leaves
 from fxfuse.graph.rerun import Program, Rerun, Values
 from fxfuse.measure.recording import BranchRecord
 from fxfuse.stream.branch import Branch, Term, number_of_parameters

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from fxfuse._common.bounds import check_count
 from fxfuse._common.progress import bar
+from fxfuse._torch.compiled import original
+from fxfuse._torch.dynamo import originals_forbidden
 from fxfuse.backend.frontend import compiled_apart, take
 from fxfuse.backend.naming import elsewhere
-from fxfuse.data.batches import blaming, check_batch, eval_mode, fresh, logits_of, on_device_of, original, thoroughly
+from fxfuse.data.batches import blaming, check_batch, eval_mode, fresh, logits_of, on_device_of
 from fxfuse.errors import NotFiniteError, OptionError, RecordError
 from fxfuse.measure.divergence import Divergence, cosine_distance, rows
 from fxfuse.measure.instrument import Instrumented
@@ -140,7 +142,7 @@ class Recorder:
         """Call the model with ``batch``: what it returns, or raises."""
         self._called.clear()
         try:
-            with torch.no_grad(), uncompiled(self.model), thoroughly():
+            with torch.no_grad(), uncompiled(self.model), originals_forbidden():
                 return self._compiled(**on_device_of(self.model, batch))
         except Exception:
             self._compiled = self._traced()  # Dynamo never again looks at a frame that raised while it was traced

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fxfuse._common.files import write_atomically
-from fxfuse.data.batches import original
+from fxfuse._torch.compiled import original
 from fxfuse.errors import PlanError, RecordError, nearest
 from fxfuse.plan import Plan
 from fxfuse.stream.branch import Kind

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fxfuse._common.files import check_writable, write_atomically
+from fxfuse._torch.pytree import tree_leaves
 from fxfuse.errors import RecordError
 from fxfuse.measure.recording import BranchRecord
 from fxfuse.measure.statistics import Tally

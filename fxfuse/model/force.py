@@ -15,13 +15,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo.backends.distributed import DDPOptimizer
-from torch._dynamo.eval_frame import skip_code
-from torch._dynamo.exc import Unsupported
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.types import GuardFilterEntry
 
+from fxfuse._torch.compiled import COMPILED_CALL, set_compiled_call
+from fxfuse._torch.dynamo import GuardFilterEntry, Unsupported, get_eval_frame_callback, skip
+from fxfuse._torch.modules import holds_weights, parts, pre_hooks, set_parts
+from fxfuse._torch.tracing import chosen_backend, traced_with
 from fxfuse.errors import PlanError
 from fxfuse.graph.values import clean, unwrapped
 from fxfuse.plan import Plan, edits_of, flat
@@ -58,14 +56,14 @@ _here = _Here()
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Calls of ``model`` run its own code, though it may have been compiled in place, or a plan been applied to it."""
-    compiled = vars(model).pop("_compiled_call_impl", None)
+    compiled = vars(model).pop(COMPILED_CALL, None)
     _here.originals += 1
     try:
         yield
     finally:
         _here.originals -= 1
         if compiled is not None:
-            model._compiled_call_impl = compiled
+            set_compiled_call(model, compiled)
 
 
 def told(graph: Call) -> Call:
@@ -78,7 +76,7 @@ def told(graph: Call) -> Call:
     return run
 
 
-class _Watched(dict[str, object]):
+class _Watched(dict[str, nn.Module | None]):
     """The dict of the parts of a module that holds several branches of a group.
 
     Its type is what tells Dynamo, whose graphs depend on no hooks, that what it traced before there were any, or for
@@ -109,18 +107,18 @@ class Watch:
         for holder in {*held, model}:
             holder.register_forward_pre_hook(self.at_root if holder is model else self.at_holder, prepend=True)
             if holder is model or (held[holder] > 1 and not isinstance(holder, nn.ModuleList)):
-                vars(holder)["_modules"] = _Watched(holder._modules)
+                set_parts(holder, _Watched(parts(holder)))
         for part in {part for member in members.values() for part in _computing(member)} - {*held, model}:
             part.register_forward_pre_hook(self.at_member, prepend=True)
 
     def remove(self, model: nn.Module) -> None:
         """Watch ``model`` no longer."""
         for module in model.modules():
-            hooks = module._forward_pre_hooks
+            hooks = pre_hooks(module)
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
             if not any(isinstance(getattr(hook, "__self__", None), Watch) for hook in hooks.values()):
-                vars(module)["_modules"] = dict(module._modules)
+                set_parts(module, dict(parts(module)))
 
     def at_holder(self, module: nn.Module, args: object) -> None:
         """A forward pre-hook. After a graph break a holder may run uncompiled, and what it holds compiled."""
@@ -155,7 +153,7 @@ class Watch:
         return False
 
     def _holds(self, module: nn.Module) -> bool:
-        return any(hook in (self.at_root, self.at_holder) for hook in module._forward_pre_hooks.values())
+        return any(hook in (self.at_root, self.at_holder) for hook in pre_hooks(module).values())
 
     def over(self, compiled: Call, watching: bool) -> Call:
         """``compiled``, the planned model, as what may run the code that this watches, if it does watch any."""
@@ -184,7 +182,7 @@ class Watch:
                 raise PlanError(self._words())
             return output
 
-        skip_code(call.__code__)
+        skip(call)
         call.__wrapped__ = compiled  # type: ignore[attr-defined]  # as functools.wraps does
         return call
 
@@ -224,12 +222,12 @@ _OTHER_TRACERS = ("a dynamo-optimized function", "Cannot access data pointer of 
 
 
 for _hook in (Watch.at_root, Watch.at_holder, Watch.at_member):
-    skip_code(_hook.__code__)  # run by itself, that is in a module that runs uncompiled, it is no code to compile
+    skip(_hook)  # run by itself, that is in a module that runs uncompiled, it is no code to compile
 
 
 def watch_of(model: nn.Module) -> Watch | None:
     """What watches over the plan that was applied to ``model`` itself, if one was and it has groups."""
-    for hook in model._forward_pre_hooks.values():
+    for hook in pre_hooks(model).values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Watch) and hook == owner.at_root:
             return owner
@@ -244,34 +242,23 @@ def _above(path: str) -> list[str]:
 
 def _computing(member: nn.Module) -> list[nn.Module]:
     """A module and those of its parts that hold weights themselves."""
-    return [part for part in member.modules() if part is member or part._parameters]
+    return [part for part in member.modules() if part is member or holds_weights(part)]
 
 
 def _traced_for() -> Plan | None:
     """The plan that what Dynamo traces is compiled with."""
-    return _plan_of(InstructionTranslator.current_tx().output.compiler_fn)
+    return _plan_of(traced_with())
 
 
 def _plan_of(backend: object) -> Plan | None:
-    """The plan of a backend, whatever wraps it: Dynamo does, and DDP, which cuts graphs where its buckets end."""
-    while inner := _inner(backend):
-        backend = inner
-    if (
-        not isinstance(backend, torch._TorchCompileWrapper)
-        or backend.compiler_fn.__module__ != "fxfuse.backend.compiler"
-    ):
+    """The plan that a backend was given, whatever wraps it."""
+    chosen = chosen_backend(backend)
+    if chosen is None or chosen.function.__module__ != "fxfuse.backend.compiler":
         return None
-    return edits_of((backend.kwargs.get("options") or {}).get("plan"))
+    return edits_of(chosen.options.get("plan"))
 
 
-def _inner(backend: object) -> object:
-    owner = getattr(backend, "__self__", None)
-    if isinstance(owner, DDPOptimizer):
-        return owner.backend_compile_fn
-    return getattr(backend, "_torchdynamo_orig_backend", None)
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
 def _check(watch: Watch) -> bool:
     """Called for real while Dynamo traces."""
     watch.check()

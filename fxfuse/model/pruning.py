@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from fxfuse._torch.dynamo import raising
+from fxfuse._torch.pytree import tree_leaves, tree_map
 from fxfuse.errors import FxfuseError, PruneError, nearest
 from fxfuse.model.force import uncompiled
 from fxfuse.plan import Plan
@@ -327,13 +327,8 @@ def _is_first(before: _Lengths | None, after: _Lengths | None) -> bool:
 def _dropped_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:
     """What the model computes with ``plan``'s branches dropped from its graphs."""
     options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch hands on what its annotation forbids
-    with _trial(model), _blaming("the model, compiled with the plan,"):
-        try:
-            return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, FxfuseError):
-                raise error.inner_exception from error
-            raise
+    with _trial(model), _blaming("the model, compiled with the plan,"), raising(FxfuseError):
+        return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
 
 
 def _outputs(output: object) -> list[Tensor]:

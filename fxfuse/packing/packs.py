@@ -15,8 +15,9 @@ from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from fxfuse._torch.autograd import same_version
+from fxfuse._torch.sources import mark_static_address
 from fxfuse.errors import OptionError
 from fxfuse.packing.fingerprint import Fingerprint, bits, capturing
 from fxfuse.packing.recipe import Part, Recipe
@@ -85,7 +86,7 @@ class Pack:
             self.tensor = self.recipe.join(made)
             one = len(made) == 1
             self._regions = (self.tensor,) if one else torch.split(self.tensor, sizes, self.recipe.dim)
-        torch._dynamo.mark_static_address(self.tensor)
+        mark_static_address(self.tensor)
         self._settle(members)
 
     def sync(self, members: Sequence[Tensor]) -> None:
@@ -93,7 +94,7 @@ class Pack:
         if self._stamped != stamp(members):
             self._repack(members)
         elif not all(fingerprint.same() for fingerprint in self.fingerprints.values()):
-            with _unsafe_preserve_version_counter(self.tensor):  # those of the members stayed as well
+            with same_version(self.tensor):  # those of the members stayed as well
                 self._repack(members)
 
     def expire(self) -> None:

@@ -13,6 +13,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, fx
 
+from fxfuse._torch.sources import mark_static
 from fxfuse.graph.surgery import transaction
 from fxfuse.graph.values import value
 from fxfuse.packing.expressions import PACK
@@ -87,9 +88,7 @@ def _extract(gm: fx.GraphModule) -> list[Recipe]:
         with gm.graph.inserting_after(last):
             made = gm.graph.placeholder(f"packed_{len(recipes) - 1}")
         made.target = made.name  # the graph may have had a node of that name, and made this one's another
-        # Dynamo's conventions for an input that no guard watches and whose address stays.
-        made._dynamo_source = None
-        made.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        mark_static(made)
         if (known := value(root)) is not None:
             made.meta["example_value"] = known
         last = made

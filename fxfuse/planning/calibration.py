@@ -11,14 +11,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxfuse._common.bounds import check_count
+from fxfuse._torch.compiled import arguments_of, called, compile_again, original
+from fxfuse._torch.dynamo import innermost
 from fxfuse.backend.compiler import ffnfuse
-from fxfuse.backend.frontend import innermost
 from fxfuse.data.batches import eval_mode, is_data, logits_of
 from fxfuse.errors import CaptureError, FxfuseError, NotFiniteError, OptionError, RecordError
 from fxfuse.measure.divergence import divergence
@@ -142,15 +141,13 @@ class _Seat:
 
     def __init__(self, compiled: nn.Module) -> None:
         self._compiled = compiled
-        if isinstance(compiled, torch._dynamo.OptimizedModule):
-            self.model: nn.Module = compiled._orig_mod
-            self._attribute = "forward"
-        else:
-            self.model = compiled
-            self._attribute = "_compiled_call_impl"
+        self.model, self._attribute = original(compiled), called(compiled)
         if isinstance(getattr(compiled, self._attribute, None), _Listener):
             raise OptionError("this model is being calibrated already: let that block end before another begins")
-        self._given = _arguments_of(compiled)
+        given = arguments_of(compiled)
+        if given is None or given["backend"] is not ffnfuse:
+            raise OptionError('calibrate takes a model compiled with torch.compile(model, backend="ffnfuse")')
+        self._given = {**given, "backend": "ffnfuse"}
         if self._given["options"].get("plan") is not None:
             raise OptionError("this model follows a plan already: calibrate one that was compiled without")
 
@@ -165,45 +162,7 @@ class _Seat:
 
     def follow(self, plan: Plan) -> None:
         """Compile anew, with ``plan``; graphs made without it serve no longer."""
-        given = {**self._given, "options": {**self._given["options"], "plan": plan}}
-        if isinstance(self._compiled, torch._dynamo.OptimizedModule):
-            fresh: object = torch.compile(self.model, backend="ffnfuse", **given)
-            assert isinstance(fresh, torch._dynamo.OptimizedModule)
-            self._compiled.dynamo_ctx = fresh.dynamo_ctx
-            self._compiled._initialize()
-        else:
-            self._compiled.compile(backend="ffnfuse", **given)
-
-
-def _arguments_of(compiled: nn.Module) -> dict[str, Any]:
-    """The arguments that torch.compile was called with, backend apart; only the backend's own are in one place.
-
-    Raises:
-        OptionError: it was not called with the backend ``ffnfuse``.
-    """
-    if isinstance(compiled, torch._dynamo.OptimizedModule):
-        context: object = compiled.dynamo_ctx
-    else:
-        call = getattr(compiled, "_compiled_call_impl", None)
-        context = None if call is None else inspect.getclosurevars(call).nonlocals.get("self")
-    limit, backend = None, getattr(context, "callback", None)
-    while inner := getattr(backend, "_torchdynamo_orig_backend", None):
-        limit, backend = getattr(backend, "_recompile_limit", limit), inner
-    if not isinstance(backend, torch._TorchCompileWrapper) or backend.compiler_fn is not ffnfuse:
-        raise OptionError('calibrate takes a model compiled with torch.compile(model, backend="ffnfuse")')
-    found = {
-        "recompile_limit": limit,
-        "dynamic": backend.dynamic,
-        "fullgraph": getattr(context, "fullgraph", False),
-        "isolate_recompiles": getattr(context, "_isolate_recompiles_id", -1) != -1 or None,  # not in every torch
-        "shapes_spec": getattr(context, "_shapes_spec", None),
-    }
-    options = dict(backend.kwargs.get("options") or {})
-    guards = getattr(getattr(context, "_hooks", None), "guard_filter_fn", None)
-    if guards is not None:
-        options["guard_filter_fn"] = guards
-    given = {name: value for name, value in found.items() if value is not None}
-    return {**backend.kwargs, **given, "options": options}
+        compile_again(self._compiled, **{**self._given, "options": {**self._given["options"], "plan": plan}})
 
 
 def _by_name(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:

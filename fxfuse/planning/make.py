@@ -10,7 +10,8 @@ from torch import nn
 
 from fxfuse._common.bounds import check_bound, check_count
 from fxfuse._common.progress import bar
-from fxfuse.data.batches import Batch, original
+from fxfuse._torch.compiled import original
+from fxfuse.data.batches import Batch
 from fxfuse.errors import OptionError
 from fxfuse.measure.recording import Recording
 from fxfuse.plan import Decision, Plan

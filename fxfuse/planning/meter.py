@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from fxfuse.data.batches import Batch, Model, original, thoroughly
+from fxfuse._torch.compiled import original
+from fxfuse._torch.dynamo import originals_forbidden
+from fxfuse.data.batches import Batch, Model
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.model.force import uncompiled
 from fxfuse.plan import Plan
@@ -61,7 +63,7 @@ class Meter:
             return self._measure(model, self._max_tokens)
 
     def _measure(self, planned: Model, tokens: int | None) -> float:
-        with thoroughly(), uncompiled(self._model):
+        with originals_forbidden(), uncompiled(self._model):
             found = evaluate(planned, self._batches, reference=self._model, max_tokens=tokens, progress=self._progress)
         assert found.kl is not None  # there is a reference
         return found.kl

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import fx, nn
-from torch._dynamo.utils import counters
 
 from fxfuse._common.files import write_atomically
+from fxfuse._torch.dynamo import graph_breaks
 from fxfuse.backend.frontend import Captured, capture
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.values import value
@@ -41,10 +41,10 @@ def write_trace(
     to_json = getattr(getattr(model, "config", None), "to_json_string", None)
     if callable(to_json):
         files["config.json"] = str(to_json())
-    breaks = counters["graph_break"].copy()
+    breaks = graph_breaks()
     try:
         graphs = capture(model, *args, **kwargs)
-        if new := counters["graph_break"] - breaks:
+        if new := graph_breaks() - breaks:
             files["graph_breaks.txt"] = "\n\n".join(f"{count} x {reason}" for reason, count in new.most_common())
         files |= {f"graph_{index}.txt": _listing(captured) for index, captured in enumerate(graphs)}
         found = explain(model, *args, plan=plan, **kwargs)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse._torch.compiled import arguments_of
 from fxfuse.errors import OptionError, RecordError
-from fxfuse.planning.calibration import _arguments_of, _Seat
+from fxfuse.planning.calibration import _Seat
 from tests.models.tiny import Tower, llama, planned, tokens, vectors
 
 Compile = Callable[..., Any]
@@ -164,12 +165,12 @@ def test_a_model_that_is_being_calibrated_is_refused_and_can_be_again_afterwards
 )
 def test_the_model_is_compiled_as_it_was_but_for_the_plan(compiled_as: Compile, given: dict[str, Any]) -> None:
     compiled, plan = compiled_as(Tower(2), **given), fxfuse.Plan(drop=["layers.0.mlp"])
-    before = _arguments_of(compiled)
+    before = arguments_of(compiled)
     assert before.items() >= given.items()
 
     _Seat(compiled).follow(plan)
 
-    assert _arguments_of(compiled) == {**before, "options": {"inner": "eager", "plan": plan}}
+    assert arguments_of(compiled) == {**before, "options": {"inner": "eager", "plan": plan}}
 
 
 def test_a_model_of_one_graph_stays_one() -> None:

@@ -15,6 +15,8 @@ from torch import fx
 from torch.fx.node import Argument
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxfuse._torch.ops import CHECKPOINT_CONTEXT
+
 
 def inline_checkpoints(gm: fx.GraphModule) -> list[str]:
     """Replace the calls of checkpointed graphs by what they compute; the names of those calls.
@@ -43,7 +45,7 @@ def _body(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule | None:
     if any(isinstance(value, fx.Node) for value in call.kwargs.values()):
         return None
     body = gm.get_submodule(str(held.target))
-    if not isinstance(body, fx.GraphModule) or "_checkpoint_context_fn" in body.meta:
+    if not isinstance(body, fx.GraphModule) or CHECKPOINT_CONTEXT in body.meta:
         return None
     (made,) = body.graph.output_node().args
     plain = isinstance(made, tuple | list) and len(body.graph.find_nodes(op="placeholder")) == len(inputs)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument, Target
 
+from fxfuse._torch.ops import OpOverload, op_name, overload_name
 from fxfuse.graph.ops import POINTWISE, asks_for_inplace, inplace_position, mutated_arguments, op
 from fxfuse.graph.order import aliases, memory_shared_with
 from fxfuse.graph.values import dtype, same_shape
@@ -80,9 +81,9 @@ def _plain(node: fx.Node) -> _Call | None:
         kwargs.pop("inplace", None)
         return target, tuple(args), kwargs
     plain: Target | None
-    if isinstance(target, torch._ops.OpOverload):
-        packet = getattr(torch.ops.aten, target._opname.removesuffix("_"), None)
-        plain = getattr(packet, target._overloadname, None)
+    if isinstance(target, OpOverload):
+        packet = getattr(torch.ops.aten, op_name(target).removesuffix("_"), None)
+        plain = getattr(packet, overload_name(target), None)
     elif isinstance(target, str):
         plain = target.strip("_").removeprefix("i") if target.startswith("__") else target.removesuffix("_")
     elif target.__module__ == operator.iadd.__module__:

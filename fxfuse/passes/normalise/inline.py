@@ -11,6 +11,8 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.fx.node import Argument
 
+from fxfuse._torch.modules import has_hooks
+
 _MODULES = frozenset(
     {
         nn.Identity, nn.Linear, nn.Embedding, nn.Dropout, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
@@ -34,11 +36,7 @@ def inline(gm: fx.GraphModule) -> list[str]:
 
 def _is_special(module: nn.Module) -> bool:
     """Whether calling this very module does more than its class says: hooks, or a forward of its own."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-        vars(module).get("forward"),
-    )  # fmt: skip
-    return any(hooks)
+    return has_hooks(module) or bool(vars(module).get("forward"))
 
 
 def _inline(graph: fx.Graph, call: fx.Node, module: nn.Module) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from fxfuse._torch.fake import FakeTensor, FakeTensorMode
 from fxfuse.errors import CaptureError, OptionError
 from fxfuse.graph.ops import is_impure
 from fxfuse.graph.values import value

@@ -1,0 +1,35 @@
+"""Tensors without values, and the modes that make them. Seen on torch 2.13.0.
+
+There is no public class of them, and graphs are full of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+
+
+def mode_of(values: Sequence[object]) -> FakeTensorMode | None:
+    """The fake mode of what a backend is given: new values must be made under the same one."""
+    return detect_fake_mode(values)
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Inside, ops make tensors with values, though a graph is being compiled, under modes that make fake ones."""
+    with torch.no_grad(), _disable_current_modes():
+        yield
+
+
+@contextmanager
+def tracing_nothing() -> Iterator[None]:
+    """Inside, the graph that is being compiled is not to be seen: another one can be traced and compiled."""
+    with real_tensors(), torch._guards.tracing(None):
+        yield

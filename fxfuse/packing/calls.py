@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxfuse.packing.fingerprint import Watch, watches
-from fxfuse.packing.packs import Audit, Mode, Pack, Stamp, plain_tensors, stamp
+from fxfuse.packing.packs import Audit, Pack, Stamp, plain_tensors, stamp
 from fxfuse.packing.recipe import Recipe
+from fxfuse.packing.strategy import Mode
 
 AUDIT_SHARE = 0.0005
 """The share of the time that goes into comparing whole parts of packs."""

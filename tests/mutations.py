@@ -240,7 +240,7 @@ MUTATIONS = (
     ),
     Mutation(
         "find every part right",
-        "fxfuse/packing/packs.py",
+        "fxfuse/packing/strategy.py",
         "return torch.equal(bits(made), bits(region))",
         "return True",
         ("tests/packing/test_packs.py", "-k", "one_number"),
@@ -248,7 +248,7 @@ MUTATIONS = (
     Mutation(
         "overwrite memory that a shared weight has left",
         "fxfuse/packing/packs.py",
-        'if self.mode == "share" and any(part.member is not None for part, _ in stale):',
+        "if self._strategy.moves and any(part.member is not None for part, _ in stale):",
         "if False:",
         ("tests/packing/test_packs.py", "-k", "average"),
     ),

@@ -10,7 +10,7 @@ from typing import TypeAlias, get_args
 from torch import Tensor, fx
 
 from fxfuse.errors import OptionError, alike, nearest
-from fxfuse.packing.packs import Mode
+from fxfuse.packing.strategy import Mode
 from fxfuse.passes.emit.kernel import Kernels
 from fxfuse.plan import Plan, PlanFile, edits_of
 

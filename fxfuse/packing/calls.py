@@ -19,6 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 
 import torch
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxfuse.packing.fingerprint import Watch, watches
-from fxfuse.packing.packs import Audit, Mode, Pack, Stamp, plain_tensors, stamp
+from fxfuse.packing.packs import Audit, Pack, Stamp, plain_tensors, stamp
 from fxfuse.packing.recipe import Recipe
+from fxfuse.packing.strategy import Mode
 
 AUDIT_SHARE = 0.0005
 """The share of the time that goes into comparing whole parts of packs."""
@@ -91,7 +93,10 @@ def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     torch.autograd.graph.increment_version(stepped)
 
 
-register_optimizer_step_post_hook(_count_step)
+@cache
+def _watch_optimizers() -> None:
+    """Hear of every optimizer's steps from now on: called when there are packed weights, once in a process."""
+    register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(eq=False)
@@ -134,6 +139,7 @@ class PackedCall:
     """
 
     def __init__(self, recipes: Sequence[Recipe], mode: Mode) -> None:
+        _watch_optimizers()
         self._recipes, self._mode = tuple(recipes), mode
         self._inputs = tuple(dict.fromkeys(index for recipe in recipes for index in recipe.inputs))
         self._places = [tuple(map(self._inputs.index, recipe.inputs)) for recipe in recipes]

@@ -11,18 +11,16 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fxfuse._torch.autograd import same_version
 from fxfuse._torch.sources import mark_static_address
-from fxfuse.errors import OptionError
-from fxfuse.packing.fingerprint import Fingerprint, bits, capturing
+from fxfuse.packing.fingerprint import Fingerprint, capturing
 from fxfuse.packing.recipe import Part, Recipe
-
-Mode: TypeAlias = Literal["copy", "share"]
+from fxfuse.packing.strategy import Mode, strategy_of
 
 Stamp: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 _clock = time.perf_counter
@@ -72,7 +70,7 @@ class Pack:
     """
 
     def __init__(self, recipe: Recipe, members: Sequence[Tensor], mode: Mode) -> None:
-        self.recipe, self.mode = recipe, mode
+        self.recipe, self._mode = recipe, mode
         self.ids = frozenset(map(id, members))
         self.fingerprints: dict[int, Fingerprint] = {}
         self._bounds: weakref.WeakSet[Bound] = weakref.WeakSet()
@@ -82,10 +80,10 @@ class Pack:
     def _make(self, members: Sequence[Tensor]) -> None:
         with plain_tensors(self._device):
             made = [part.compute(members).detach() for part in self.recipe.parts]
-            sizes = [part.shape[self.recipe.dim] if part.dim() else 1 for part in made]
-            self.tensor = self.recipe.join(made)
-            one = len(made) == 1
-            self._regions = (self.tensor,) if one else torch.split(self.tensor, sizes, self.recipe.dim)
+            self._sizes = [part.shape[self.recipe.dim] if part.dim() else 1 for part in made]
+            self._strategy = strategy_of(made, self._mode)
+            self.tensor = self._strategy.join(made, self.recipe.dim)
+            self._regions = self._strategy.regions(self.tensor, self._sizes, self.recipe.dim)
         mark_static_address(self.tensor)
         self._settle(members)
 
@@ -109,9 +107,7 @@ class Pack:
         if self._shares(part, region, members):
             return True
         with plain_tensors(self._device):
-            made = part.compute(members)
-            made, region = (each.to_dense() if each.is_mkldnn else each for each in (made, region))
-            return torch.equal(bits(made), bits(region))
+            return self._strategy.same(region, part.compute(members))
 
     def serve(self, bound: Bound) -> None:
         """Let ``bound`` look at the members again whenever this pack changes."""
@@ -124,27 +120,21 @@ class Pack:
             for part, region in zip(self.recipe.parts, self._regions, strict=True)
             if not self._shares(part, region, members)
         ]
-        if self.mode == "share" and any(part.member is not None for part, _ in stale):
+        if self._strategy.moves and any(part.member is not None for part, _ in stale):
             self._make(members)
             return
         with plain_tensors(self._device):
             for part, region in stale:
-                region.copy_(part.compute(members))
+                self._strategy.write(region, part.compute(members))
         self._settle(members)
 
     def _shares(self, part: Part, region: Tensor, members: Sequence[Tensor]) -> bool:
-        return part.member is not None and members[part.member].data_ptr() == region.data_ptr() and self.mode == "share"
+        return part.member is not None and self._strategy.shares(members[part.member], region)
 
     def _settle(self, members: Sequence[Tensor]) -> None:
-        if self.mode == "share":
-            for part, region in zip(self.recipe.parts, self._regions, strict=True):
-                if part.member is not None and not self._shares(part, region, members):
-                    if members[part.member].is_inference():
-                        raise OptionError(
-                            "weights='share' cannot take the memory of weights that were made in inference_mode: "
-                            "load the model outside of it, or use weights='copy'"
-                        )
-                    members[part.member].data = region
+        for part, region in zip(self.recipe.parts, self._regions, strict=True):
+            if part.member is not None and not self._shares(part, region, members):
+                self._strategy.adopt(members[part.member], region)
         self.expire()
         self._stamped = stamp(members)
         self._memory = [member.detach() for member in members]  # so that no other tensor can come to lie there
@@ -171,8 +161,9 @@ class Pack:
     def gradients(self, members: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
         """The gradient of the packed tensor, taken apart into those of the members that need one."""
         found: list[Tensor | None] = [None] * len(members)
-        sizes = [region.shape[self.recipe.dim] for region in self._regions] if gradient.dim() else [1]
-        for part, own in zip(self.recipe.parts, torch.split(gradient, sizes, self.recipe.dim), strict=True):
+        for part, own in zip(
+            self.recipe.parts, self._strategy.split(gradient, self._sizes, self.recipe.dim), strict=True
+        ):
             if part.member is not None:
                 found[part.member] = _plus(found[part.member], own) if needed[part.member] else None
                 continue

@@ -17,6 +17,7 @@ from fxfuse._torch.sources import mark_static
 from fxfuse.graph.surgery import transaction
 from fxfuse.graph.values import value
 from fxfuse.packing.expressions import PACK
+from fxfuse.packing.strategy import strategy_of
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,8 @@ class Recipe:
 
     def __call__(self, members: Sequence[Tensor]) -> Tensor:
         """The packed tensor, in memory of its own."""
-        return self.join([part.compute(members) for part in self.parts])
-
-    def join(self, made: Sequence[Tensor]) -> Tensor:
-        """The parts in one tensor, in memory of its own; what is opaque is that already."""
-        if len(made) > 1:
-            return torch.cat(list(made), self.dim)
-        return made[0] if made[0].is_mkldnn else made[0].clone()
+        made = [part.compute(members) for part in self.parts]
+        return strategy_of(made, "copy").join(made, self.dim)
 
 
 def extract(gm: fx.GraphModule) -> tuple[Recipe, ...]:

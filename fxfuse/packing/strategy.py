@@ -1,0 +1,100 @@
+"""Strategies: how packed values are kept, one class for each way, and one table that says which serves.
+
+A strategy joins parts, finds them again in what it joined, writes and compares them, and takes gradients apart.
+:class:`Copied` is right for plain tensors; the others say where they differ. A new kind of packed tensor is one more
+class, and one more row in `BY_KIND`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fxfuse.errors import OptionError
+from fxfuse.packing.fingerprint import bits
+
+Mode: TypeAlias = Literal["copy", "share"]
+
+
+class Copied:
+    """Packed values in memory of their own, beside the weights: it costs their size once more."""
+
+    moves = False
+    """Whether the packed tensor needs other memory once a member has left it."""
+
+    def takes(self, made: Tensor) -> bool:
+        """Whether it can keep a part like ``made``."""
+        return True
+
+    def join(self, made: Sequence[Tensor], dim: int) -> Tensor:
+        """The parts in one tensor along ``dim``, in memory of its own."""
+        return torch.cat(list(made), dim) if len(made) > 1 else made[0].clone()
+
+    def regions(self, packed: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
+        """The parts as they lie in ``packed``; a write to one is a write to it."""
+        return (packed,) if len(sizes) == 1 else tuple(torch.split(packed, list(sizes), dim))
+
+    def write(self, region: Tensor, made: Tensor) -> None:
+        """Let ``region`` hold the values of ``made``."""
+        region.copy_(made)
+
+    def same(self, region: Tensor, made: Tensor) -> bool:
+        """Whether ``region`` holds ``made``, to the bit."""
+        return torch.equal(bits(made), bits(region))
+
+    def shares(self, member: Tensor, region: Tensor) -> bool:
+        """Whether ``member`` is ``region``, so that neither can be stale."""
+        return False
+
+    def adopt(self, member: Tensor, region: Tensor) -> None:
+        """Take over the memory of ``member``, whose values ``region`` holds."""
+
+    def split(self, gradient: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
+        """The gradient of the packed tensor as those of its parts."""
+        return tuple(torch.split(gradient, list(sizes), dim))
+
+
+class Shared(Copied):
+    """The packed tensor owns the memory, and the weights become views of it: it costs nothing."""
+
+    moves = True
+
+    def shares(self, member: Tensor, region: Tensor) -> bool:
+        return member.data_ptr() == region.data_ptr()
+
+    def adopt(self, member: Tensor, region: Tensor) -> None:
+        if member.is_inference():
+            raise OptionError(
+                "weights='share' cannot take the memory of weights that were made in inference_mode: "
+                "load the model outside of it, or use weights='copy'"
+            )
+        member.data = region
+
+
+class Opaque(Copied):
+    """A copy in oneDNN's own layout, of one part: nobody can look into it but through a dense copy."""
+
+    def takes(self, made: Tensor) -> bool:
+        return made.is_mkldnn
+
+    def join(self, made: Sequence[Tensor], dim: int) -> Tensor:
+        (alone,) = made
+        return alone
+
+    def same(self, region: Tensor, made: Tensor) -> bool:
+        return super().same(region.to_dense(), made.to_dense())
+
+
+BY_KIND: list[Copied] = [Opaque()]
+"""The strategies of tensors that no option concerns; the first that takes a part serves."""
+
+BY_MODE: dict[Mode, Copied] = {"copy": Copied(), "share": Shared()}
+"""The strategies of all other tensors, by the option ``weights``."""
+
+
+def strategy_of(made: Sequence[Tensor], mode: Mode) -> Copied:
+    """The strategy that keeps these parts."""
+    return next(strategy for strategy in (*BY_KIND, BY_MODE[mode]) if strategy.takes(made[0]))

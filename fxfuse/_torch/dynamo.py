@@ -44,6 +44,11 @@ def raising(kind: type[Exception]) -> Iterator[None]:
         raise
 
 
+def is_off() -> bool:
+    """Whether ``torch.compile`` compiles nothing: TORCH_COMPILE_DISABLE is set, or the switch behind it."""
+    return bool(torch._dynamo.config.disable)
+
+
 def never_original() -> None:
     """Let Dynamo raise where it would run the original code: past its limit, and after an error it is to suppress.
 

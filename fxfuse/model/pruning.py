@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fxfuse._torch.dynamo import raising
+from fxfuse._torch.dynamo import is_off, raising
 from fxfuse._torch.pytree import tree_leaves, tree_map
 from fxfuse.errors import FxfuseError, PruneError, nearest
 from fxfuse.model.force import uncompiled
@@ -326,6 +326,11 @@ def _is_first(before: _Lengths | None, after: _Lengths | None) -> bool:
 
 def _dropped_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:
     """What the model computes with ``plan``'s branches dropped from its graphs."""
+    if is_off():
+        raise PruneError(
+            "torch.compile is switched off (TORCH_COMPILE_DISABLE, or torch._dynamo.config.disable), so nobody can "
+            "tell what the model computes without these branches; switch it on"
+        )
     options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch hands on what its annotation forbids
     with _trial(model), _blaming("the model, compiled with the plan,"), raising(FxfuseError):
         return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))

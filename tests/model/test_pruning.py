@@ -483,3 +483,11 @@ class TestOtherModels:
         fxfuse.prune(model, Plan(drop=attentions(0, 2)))
 
         assert torch.equal(logits(model, ids), logits(reference, ids))
+
+
+def test_where_torch_compile_is_switched_off_the_message_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(2)
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+
+    with pytest.raises(PruneError, match="TORCH_COMPILE_DISABLE"):
+        fxfuse.prune(model, fxfuse.Plan(drop=["model.layers.1.self_attn"]))

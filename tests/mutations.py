@@ -52,7 +52,7 @@ MUTATIONS = (
     Mutation(
         "look through a view that cuts rows",
         "fxfuse/graph/peel.py",
-        " and width == last_dim(source)",
+        " and last_dim(node) == last_dim(source)",
         "",
         ("tests/graph/test_peel.py",),
     ),

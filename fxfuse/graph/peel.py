@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -17,6 +18,9 @@ from torch import fx
 from fxfuse.graph.ops import Op, drops_randomly, op
 from fxfuse.graph.scale import ONE, Scale, scaling
 from fxfuse.graph.values import Dim, dtype, holds, last_dim, product, shape
+
+_Nodes: TypeAlias = Container[fx.Node]
+_Test: TypeAlias = Callable[[fx.Node], bool]
 
 
 class Change(Flag):
@@ -87,11 +91,7 @@ class Layer:
 
 
 def layer(
-    node: fx.Node,
-    allow: Change,
-    weights: Container[fx.Node] = (),
-    width: Dim | None = None,
-    read: torch.dtype | None = None,
+    node: fx.Node, allow: Change, weights: _Nodes = (), width: Dim | None = None, read: torch.dtype | None = None
 ) -> Layer | None:
     """The op that ``node`` is, if it makes one of the changes ``allow``.
 
@@ -106,24 +106,22 @@ def layer(
     possible = TABLE.get(call.name) if call is not None else None
     if call is None or possible is None or not possible & allow:
         return None
-    if possible is Change.COPY:
-        made = None if drops_randomly(call) else _unary(node, call, Change.COPY)
-    elif possible is Change.ROWS:
-        made = _view(node, call)
-    elif possible is _CAST:
-        made = _cast(node, call, read)
-    else:
+    source = call.node("input")
+    if possible not in PASSED | _CAST:
         made = _arithmetic(node, call, weights, last_dim(node) or width)
+    else:
+        change = _change(node, call, source, read) if source is not None else None
+        made = Layer(node, source, change) if source is not None and change is not None else None
     return made if made is not None and made.change in allow else None
 
 
 def layers(
     node: fx.Node,
     allow: Change,
-    weights: Container[fx.Node] = (),
+    weights: _Nodes = (),
     width: Dim | None = None,
     read: torch.dtype | None = None,
-    within: Callable[[fx.Node], bool] = lambda _: True,
+    within: _Test = lambda _: True,
 ) -> Iterator[Layer]:
     """The ops around a value, the outermost first, down to one that makes another change or is not ``within``."""
     while within(node) and (taken := layer(node, allow, weights, width, read)) is not None:
@@ -131,12 +129,7 @@ def layers(
         node = taken.source
 
 
-def peel(
-    node: fx.Node,
-    allow: Change,
-    weights: Container[fx.Node] = (),
-    within: Callable[[fx.Node], bool] = lambda _: True,
-) -> fx.Node:
+def peel(node: fx.Node, allow: Change, weights: _Nodes = (), within: _Test = lambda _: True) -> fx.Node:
     """``node`` before the ops that make no other changes than ``allow``: the source of the last of its layers."""
     for taken in layers(node, allow, weights, within=within):
         node = taken.source
@@ -149,27 +142,18 @@ def hides_its_sizes(node: fx.Node) -> bool:
     return call is not None and TABLE.get(call.name) is Change.ROWS and last_dim(node) is None
 
 
-def _unary(node: fx.Node, call: Op, change: Change) -> Layer | None:
-    source = call.node("input")
-    return None if source is None else Layer(node, source, change)
+def _change(node: fx.Node, call: Op, source: fx.Node, read: torch.dtype | None) -> Change | None:
+    """What an op of one value does to it; None if that is nothing of the table, or the graph does not tell."""
+    change = TABLE[call.name]
+    if change is Change.COPY:
+        return None if drops_randomly(call) else change
+    if change is Change.ROWS:
+        return change if last_dim(node) is not None and last_dim(node) == last_dim(source) else None
+    made, given = dtype(node), dtype(source)  # whoever takes a cast off must be able to put it back
+    return Change.WIDEN if made is not None and given is not None and holds(made, read or given) else Change.ROUND
 
 
-def _view(node: fx.Node, call: Op) -> Layer | None:
-    """A view, if the sizes tell that it keeps the last dimension."""
-    source, width = call.node("input"), last_dim(node)
-    known = source is not None and width is not None and width == last_dim(source)
-    return _unary(node, call, Change.ROWS) if known else None
-
-
-def _cast(node: fx.Node, call: Op, read: torch.dtype | None) -> Layer | None:
-    """A cast. It widens only where both dtypes are known, since whoever takes it off must be able to put it back."""
-    source = call.node("input")
-    made, given = dtype(node), dtype(source) if source is not None else None
-    lossless = made is not None and given is not None and holds(made, read or given)
-    return _unary(node, call, Change.WIDEN if lossless else Change.ROUND)
-
-
-def _arithmetic(node: fx.Node, call: Op, weights: Container[fx.Node], width: Dim | None) -> Layer | None:
+def _arithmetic(node: fx.Node, call: Op, weights: _Nodes, width: Dim | None) -> Layer | None:
     """A value and a number, or a value and a weight."""
     if (scaled := scaling(call)) is not None:
         return None if scaled[0] in weights else Layer(node, scaled[0], Change.NUMBER, scaled[1])

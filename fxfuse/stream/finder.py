@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import fx
 
@@ -19,7 +20,7 @@ from fxfuse.graph.peel import Change, peel
 from fxfuse.graph.values import parameters, same_shape, sizes_only
 from fxfuse.stream.branch import KEPT, Branch, Term, kind_of, name_branches, parameters_of
 from fxfuse.stream.shared_experts import beside
-from fxfuse.stream.steps import LINKS, before, beginning, link, way
+from fxfuse.stream.steps import LINKS, beginning, link, way
 from fxfuse.stream.sums import Sum, find_chains
 
 
@@ -130,12 +131,7 @@ class _Finder:
         others = [term.node for term in sums[0].terms]
         self._pass(beginning(sums[0].stream.node, others, constant, self._order))
         for each in sums[1:]:
-            nodes: list[fx.Node] = []
-            node: fx.Node | None = each.stream.node
-            while node is not None and node not in self._level:
-                nodes.append(node)
-                node = before(node, constant)
-            self._pass(nodes)
+            self._pass([*takewhile(lambda node: node not in self._level, way(each.stream.node, constant))])
         self._pass([sums[-1].out])
         self._reads: dict[fx.Node, int] = {}
         self._computes_with: dict[fx.Node, int] = {}  # of the points read, those of which not only the sizes count

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import fxfuse
 from fxfuse import Plan
+from fxfuse._torch import onednn as private
 from fxfuse.cpu import onednn, race
 from fxfuse.cpu import prepack as module
 from fxfuse.cpu.gemm import gemm
@@ -50,12 +51,12 @@ def always_faster() -> Iterator[None]:
 @pytest.fixture
 def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a processor with AVX2 and no more, where oneDNN refuses to multiply bfloat16."""
-    knows = onednn._knows
+    multiplies = private.multiplies
 
     def refuse(*_: object) -> None:
         raise RuntimeError("bf16 path needs the cpu support avx512bw")
 
-    monkeypatch.setattr(onednn, "_knows", lambda dtype: dtype != torch.bfloat16 and knows(dtype))
+    monkeypatch.setattr(private, "multiplies", lambda dtype: dtype != torch.bfloat16 and multiplies(dtype))
     for name in ("_reorder_linear_weight", "_linear_pointwise"):
         monkeypatch.setattr(torch.ops.mkldnn, name, refuse)
     gemm.cache_clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxfuse.cpu import onednn
+from fxfuse._torch import onednn
 from tests.golden.cases import CASES, Case
 from tests.models.blocks import flat_tensors, vectors
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fxfuse
 from fxfuse import Plan
+from fxfuse._torch import dynamo
 from fxfuse.errors import PlanError
 from tests.models.checks import assert_exact
 from tests.models.tiny import Layer, Tower, llama, planned, redraw, tokens, vectors
@@ -312,7 +313,7 @@ class TestDiagnostics:
         def record(kind: str, metadata_fn: Callable[[], dict[str, str]], payload_fn: Callable[[], str]) -> None:
             pages[metadata_fn()["name"]] = payload_fn()
 
-        monkeypatch.setattr(fxfuse.backend, "trace_structured", record)
+        monkeypatch.setattr(dynamo, "trace_structured", record)
         model = Tower(2)
         compiled(model, Plan(parallel=[model.mlps]))(vectors())
 

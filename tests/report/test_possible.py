@@ -13,7 +13,7 @@ import fxfuse
 from fxfuse import Plan
 from fxfuse.report.possible import LONELY
 from tests.models.blocks import WIDTH, Stream, SwiGLU
-from tests.models.chains import IndexedExperts
+from tests.models.decoders import IndexedExperts
 from tests.models.tiny import Layer, Tower, llama, tokens, vectors
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.models import handmade
+from tests.models import well_known
 from tests.zoo.configs import HEADS, LAYERS, VOCABULARY, WIDTH, tiny
 
 GIVEN: Mapping[str, Mapping[str, Any]] = {
@@ -78,7 +78,10 @@ def entries() -> dict[str, Entry]:
     others = [
         Entry("ModernBertModel", "transformers", _modern_bert),
         Entry("Dinov2Model (SwiGLU)", "transformers", _dinov2),
-        *(Entry(kind.__name__, "by hand", _handmade(kind)) for kind in (handmade.NanoGPT, handmade.TorchtuneDecoder)),
+        *(
+            Entry(kind.__name__, "by hand", _handmade(kind))
+            for kind in (well_known.NanoGPT, well_known.TorchtuneDecoder)
+        ),
     ]
     return {entry.name: entry for entry in [*causal, *others, *_timm()]}
 

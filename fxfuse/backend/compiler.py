@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,18 +25,17 @@ from fxfuse.backend.naming import compiled_root, elsewhere, for_root
 from fxfuse.backend.options import Options
 from fxfuse.cpu import with_linear_maps
 from fxfuse.cpu.prepack import Prepack
-from fxfuse.errors import FxfuseError, OptionError, PlanError
+from fxfuse.errors import OptionError, PlanError
 from fxfuse.graph.surgery import transaction
 from fxfuse.model.force import told
 from fxfuse.packing.calls import PackedCall
 from fxfuse.packing.recipe import Recipe, extract
 from fxfuse.passes.fill_in import FillIn
 from fxfuse.passes.pipeline import FOUND, REPORTS, apply_plan
-from fxfuse.passes.simplify import simplify
 from fxfuse.plan import PlanFile
 from fxfuse.stream.branch import Branch
 from fxfuse.stream.diagnosis import REPORT, census
-from fxfuse.stream.finder import find_streams
+from fxfuse.stream.finder import ResidualStream
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,6 @@ def ffnfuse(
     captured = take(gm, example_inputs, root, alone=bool(plan))
     gm, names = captured.gm, captured.names
     with transaction(gm, restore=False):
-        if chosen.plan is None:
-            simplify(gm)
-            _hint(gm, names)
         apply_plan(
             gm,
             plan,
@@ -78,6 +75,7 @@ def ffnfuse(
             verify=chosen.verify,
             max_rewrites=chosen.max_rewrites,
             dump=_dump_folder(chosen.dump),
+            seen=partial(_hint, gm) if chosen.plan is None else lambda streams: None,
             then=[FillIn(), *([Prepack()] if chosen.prepack and not _trains(example_inputs) else [])],
         )
         recipes = extract(gm)
@@ -173,12 +171,9 @@ def _fake(member: Tensor) -> Tensor:
     return torch.empty_strided(member.shape, member.stride(), dtype=member.dtype, device=member.device)
 
 
-def _hint(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> None:
+def _hint(gm: fx.GraphModule, streams: Sequence[ResidualStream]) -> None:
     """Without a plan: one line on what one could do here."""
-    try:
-        branches = [branch for stream in find_streams(gm, names) for branch in stream.branches]
-    except FxfuseError:
-        return
+    branches = [branch for stream in streams for branch in stream.branches]
     fusable = [branch for branch in branches if branch.ffn is not None]
     if len(fusable) > 1:
         log.warning("no plan, so nothing changes: %s", _possible(branches, fusable))

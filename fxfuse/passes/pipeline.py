@@ -81,6 +81,7 @@ def apply_plan(
     max_rewrites: int | None = None,
     dump: Path | None = None,
     then: Sequence[Pass] = (),
+    seen: Callable[[Sequence[ResidualStream]], None] = lambda streams: None,
 ) -> fx.GraphModule:
     """Apply ``plan`` to a graph, whoever traced it, in place, and fuse what it made parallel.
 
@@ -103,6 +104,7 @@ def apply_plan(
         max_rewrites: how many fusions to make at most, to find by bisection one that is not what it should be.
         dump: a folder that gets the graph as it is, and after each pass that changed it.
         then: passes to run last.
+        seen: is given the streams as they are before any edit.
 
     Returns:
         ``gm`` itself.
@@ -115,7 +117,7 @@ def apply_plan(
     with running(gm, inputs=inputs, verify=verify, max_rewrites=max_rewrites, dump=dump) as runner:
         if root is not None:
             names = {**names_in(root, gm, inputs), **(names or {})}
-        _edit(runner, plan, names, strict, elsewhere, inputs)
+        _edit(runner, plan, names, strict, elsewhere, inputs, seen)
         wide = runner(FuseFFN(share, kernels, merge_gate_up))
         if merge_gate_up or wide.refused:  # else none is left that stands in parallel
             runner(MergeGateUp(share, alone=merge_gate_up))
@@ -150,12 +152,14 @@ def _edit(
     strict: bool,
     elsewhere: Callable[[str], bool],
     inputs: Sequence[object] | None,
+    seen: Callable[[Sequence[ResidualStream]], None] = lambda streams: None,
 ) -> None:
     name_weights(names or {})
     runner(Simplify(inputs))
     gm, streams = runner.gm, runner.name(names).streams
     gm.meta[FOUND] = _found(streams)
     log.debug("%s", gm.meta[FOUND])
+    seen(streams)
     for stream in streams:
         stamp(stream.branches)
     known = branch_names(streams)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxfuse import Plan
 from fxfuse.backend.frontend import capture
@@ -210,6 +210,15 @@ def test_the_backend_dumps_each_graph_in_a_folder_of_its_own(tmp_path: Path) -> 
         torch.compile(model, backend="ffnfuse", options=options, dynamic=False)(vectors(2, tokens, WIDTH))
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph0", "graph1"]
+
+
+def test_without_a_plan_too_the_graph_is_dumped_as_it_was_traced(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = ready(Stream(SwiGLU(), nn.Dropout(0.5)).eval())
+
+    torch.compile(model, backend="ffnfuse", options={"inner": "eager", "dump": str(tmp_path)})(vectors())
+
+    assert "dropout" in (tmp_path / "graph0" / "00_as_given.py").read_text()
 
 
 def test_a_number_of_rewrites_is_not_negative() -> None:

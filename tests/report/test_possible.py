@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import fxfuse
 from fxfuse import Plan
+from fxfuse.errors import PlanError
+from fxfuse.report import possible
 from fxfuse.report.possible import LONELY
 from tests.models.blocks import WIDTH, Stream, SwiGLU
 from tests.models.decoders import IndexedExperts
@@ -105,3 +107,27 @@ def test_nobody_joins_over_experts_or_alone() -> None:
     assert [row.kind for row in rows] == ["gated_ffn", "moe", "gated_ffn"]
     assert [row.reason == LONELY for row in rows] == [True, False, True]
     assert fxfuse.explain(Tower(1), vectors()).branches[0].reason == LONELY
+
+
+def test_one_that_the_passes_cannot_move_does_not_keep_the_others_from_joining(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tower(5)
+    stuck = model.mlps[2]
+    applied = possible._applied
+
+    def refuse(gm: Any, names: Any, plan: Plan) -> Any:
+        if stuck in plan.parallel[0]:
+            raise PlanError(f"{stuck!r} cannot be moved")
+        return applied(gm, names, plan)
+
+    monkeypatch.setattr(possible, "_applied", refuse)
+
+    rows = {row.name: row for row in fxfuse.explain(model, vectors()).branches}
+
+    assert {name: [join.other for join in rows[name].joins] for name in model.mlps} == {
+        model.mlps[0]: [model.mlps[1]],
+        model.mlps[1]: [model.mlps[0]],
+        stuck: [],
+        model.mlps[3]: [model.mlps[4]],
+        model.mlps[4]: [model.mlps[3]],
+    }
+    assert "cannot be moved" in rows[stuck].reason

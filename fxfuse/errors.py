@@ -38,6 +38,10 @@ class PruneError(FxfuseError):
     """A dropped branch cannot leave the model."""
 
 
+class HealError(FxfuseError):
+    """A model could not be healed: too little text, or nothing in it that can be fitted."""
+
+
 class LoadError(FxfuseError):
     """A model could not be loaded from what was given."""
 

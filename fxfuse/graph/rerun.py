@@ -43,6 +43,10 @@ class Rerun:
 class Program:
     """A graph that is run node by node.
 
+    Attributes:
+        nodes: its nodes, in order.
+        order: the place of each among them.
+
     Args:
         gm: the graph; it must not be changed afterwards.
 
@@ -52,9 +56,9 @@ class Program:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._nodes = list(gm.graph.nodes)
-        self._order = {node: index for index, node in enumerate(self._nodes)}
-        random = next((node for node in self._nodes if is_random(node)), None)
+        self.nodes = list(gm.graph.nodes)
+        self.order = {node: index for index, node in enumerate(self.nodes)}
+        random = next((node for node in self.nodes if is_random(node)), None)
         if random is not None:
             raise CaptureError(f"the model draws random numbers ({random.name}): two runs of it cannot be compared")
         memory = written_memory(gm.graph)
@@ -63,7 +67,7 @@ class Program:
             self._sharing.setdefault(region, []).append(node)
         self._writes = {
             node: [self._sharing[memory[target]] for target in mutated_arguments(node)]
-            for node in self._nodes
+            for node in self.nodes
             if mutated_arguments(node)
         }
 
@@ -81,7 +85,7 @@ class Program:
         reached = self._reached(changed, within)
         wanted = frozenset(wanted) & reached
         needed = self._needed(wanted, reached)
-        nodes = tuple(node for node in self._nodes if node in needed or is_barrier(node))
+        nodes = tuple(node for node in self.nodes if node in needed or is_barrier(node))
         given = {
             source
             for node in nodes
@@ -101,11 +105,11 @@ class Program:
     def _reached(self, changed: Collection[fx.Node], within: Collection[fx.Node] | None) -> set[fx.Node]:
         """What depends on ``changed``, through memory that is written in place too."""
         reached: set[fx.Node] = set()
-        start = min(map(self._order.__getitem__, changed))
+        start = min(map(self.order.__getitem__, changed))
         pending = True
         while pending:
             pending = False
-            for node in self._nodes[start:]:
+            for node in self.nodes[start:]:
                 if node in reached or node in changed or (within is not None and node not in within):
                     continue
                 if not any(source in reached or source in changed for source in node.all_input_nodes):
@@ -122,7 +126,7 @@ class Program:
                     reached |= fresh  # made anew, or the second run would write into the values of the first
                     if fresh:
                         pending = True
-                        start = min(start, *(self._order[each] for each in fresh))
+                        start = min(start, *(self.order[each] for each in fresh))
         return reached
 
     def _needed(self, wanted: frozenset[fx.Node], reached: set[fx.Node]) -> set[fx.Node]:
@@ -142,7 +146,7 @@ class Program:
     def run(self, inputs: Sequence[object], keep: Collection[fx.Node]) -> tuple[object, Values]:
         """Run the whole graph: what it returns, and the values of ``keep``."""
         last: dict[fx.Node, fx.Node] = {}
-        for node in self._nodes:
+        for node in self.nodes:
             for source in node.all_input_nodes:
                 last[source] = node
         dead: dict[fx.Node, list[fx.Node]] = {}
@@ -151,13 +155,13 @@ class Program:
                 dead.setdefault(node, []).append(source)
         values: Values = {}
         arguments = iter(inputs)
-        for node in self._nodes:
+        for node in self.nodes:
             if node.op == "placeholder":
                 values[node] = next(arguments)
             elif node.op == "output":
                 return _filled(node.args[0], values), {each: values[each] for each in keep}
             else:
-                values[node] = self._execute(node, values)
+                values[node] = self.execute(node, values)
             for each in dead.get(node, ()):
                 del values[each]
         raise AssertionError("a graph ends in an output")
@@ -169,13 +173,14 @@ class Program:
         values: Values = {node: kept[node] for node in job.given}
         values.update(changed)
         for node in job.nodes:
-            values[node] = self._execute(node, values)
+            values[node] = self.execute(node, values)
             if node in job.wanted:
                 yield node, values[node]
             for each in job.dead.get(node, ()):
                 del values[each]
 
-    def _execute(self, node: fx.Node, values: Values) -> object:
+    def execute(self, node: fx.Node, values: Values) -> object:
+        """What ``node`` makes of the values of its inputs."""
         args, kwargs = _filled(node.args, values), _filled(node.kwargs, values)
         match node.op:
             case "call_function":

@@ -127,7 +127,7 @@ class Instrumented:
 
     def before(self, index: int) -> Tensor:
         """The stream that branch ``index`` is added to: ``[..., d]``."""
-        return self._scaled(self.places[index].sum.stream, self._kept)
+        return scaled(self.places[index].sum.stream, self._kept)
 
     def dropped(self, index: int) -> Changed:
         """What changes when branch ``index`` contributes nothing."""
@@ -144,7 +144,7 @@ class Instrumented:
         for window in self._windows:
             first = window.places[0]
             point = _tensor(self._kept[first.stream.points[first.stream.levels[first.branch.read]]])
-            made = self._scaled(first.sum.stream, self._kept) + self._contribution(first, self._kept)
+            made = scaled(first.sum.stream, self._kept) + self._contribution(first, self._kept)
             for place, job in zip(window.places[1:], window.jobs, strict=True):
                 (own,) = job.changed
                 values = dict(self._program.rerun(job, self._kept, {own: point}))
@@ -153,7 +153,7 @@ class Instrumented:
                 (own,) = step.changed
                 made = made.to(_tensor(self._kept[own]).dtype)
                 passed = dict(self._program.rerun(step, self._kept, {own: made}))
-                made = self._scaled(place.sum.stream, {**self._kept, place.sum.stream.node: made, **passed})
+                made = scaled(place.sum.stream, {**self._kept, place.sum.stream.node: made, **passed})
             true = _tensor(self._kept[window.places[-1].sum.out])
             made = made.to(true.dtype)
             error = (made - true).float().norm(dim=-1) / true.float().norm(dim=-1).clamp_min(1e-30)
@@ -182,22 +182,23 @@ class Instrumented:
         return Changed(contributions, outputs)
 
     def _contribution(self, place: Place, values: Values) -> Tensor:
-        first, *others = (self._scaled(term, values) for term in place.branch.terms)
+        first, *others = (scaled(term, values) for term in place.branch.terms)
         for other in others:
             first = first + other
         return first
 
     def _add_up(self, start: Tensor, terms: Sequence[Term], like: fx.Node) -> Tensor:
         for term in terms:
-            start = start + self._scaled(term, self._kept)
+            start = start + scaled(term, self._kept)
         return start.to(_tensor(self._kept[like]).dtype)
 
-    @staticmethod
-    def _scaled(term: Term, values: Values) -> Tensor:
-        made = _tensor(values[term.node])
-        for factor in term.scale.nodes:
-            made = made * values[factor]  # type: ignore[operator]  # a number or a tensor of one
-        return made if term.scale.number == 1.0 else made * term.scale.number
+
+def scaled(term: Term, values: Values) -> Tensor:
+    """What ``term`` adds to its sum."""
+    made = _tensor(values[term.node])
+    for factor in term.scale.nodes:
+        made = made * values[factor]  # type: ignore[operator]  # a number or a tensor of one
+    return made if term.scale.number == 1.0 else made * term.scale.number
 
 
 def _held(place: Place) -> set[fx.Node]:

@@ -1,0 +1,92 @@
+"""The linear maps by which branches write to the stream, found in any graph: these are what is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxfuse.ffn.projection import projection
+from fxfuse.graph.peel import PASSED, Change, layers
+from fxfuse.graph.rerun import Values
+from fxfuse.graph.scale import Scale
+from fxfuse.stream.branch import Branch
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """``scale * (weight @ input + bias)``: the last step of a branch on its way to the stream.
+
+    Attributes:
+        branch: its name.
+        input: node, ``[..., fan_in]``.
+        weight: placeholder of a parameter, ``[d, fan_in]``, or ``[fan_in, d]`` if ``transposed``.
+        bias: placeholder of a parameter ``[d]``, or None.
+        scale: numbers that multiply the output on its way to the stream.
+    """
+
+    branch: str
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    fan_in: int
+    scale: Scale
+
+    @property
+    def parameters(self) -> tuple[fx.Node, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def inputs(self, values: Values) -> Tensor:
+        """The input as the stream feels it, times the scale: ``[..., fan_in]``, or with a 1 for the bias after it."""
+        inputs = values[self.input]
+        assert isinstance(inputs, Tensor)
+        if self.bias is not None:
+            inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], -1)
+        for factor in (self.scale.number, *(values[node] for node in self.scale.nodes)):
+            inputs = inputs * factor  # type: ignore[operator]  # a number, or a tensor of one
+        return inputs
+
+    @property
+    def columns(self) -> int:
+        """How many numbers :meth:`inputs` has for each token."""
+        return self.fan_in + (self.bias is not None)
+
+    def changed(self, change: Tensor, values: Values) -> dict[fx.Node, Tensor]:
+        """The parameters after ``change``, ``[d, columns]``; of the dtypes that they have."""
+        weight, bias = change[:, : self.fan_in], change[:, self.fan_in :]
+        made = {self.weight: weight.T if self.transposed else weight}
+        if self.bias is not None:
+            made[self.bias] = bias.squeeze(-1)
+        olds = {node: values[node] for node in made}
+        return {node: (old + made[node].to(old)).detach() for node, old in olds.items() if isinstance(old, Tensor)}
+
+
+def linear_map(branch: Branch, weights: Mapping[fx.Node, str], constant: Container[fx.Node]) -> LinearMap | str:
+    """The map by which ``branch`` writes to the stream, or why it cannot be fitted.
+
+    Args:
+        branch: of a graph whose parameters are placeholders.
+        weights: the names of these, by node.
+        constant: the nodes that depend on weights alone.
+    """
+    if len(branch.terms) > 1:
+        return "it adds several values to the stream"
+    (term,) = branch.terms
+    node, scale = term.node, term.scale
+    for taken in layers(node, PASSED | Change.ROUND | Change.NUMBER):
+        node, scale = taken.source, scale * taken.scale
+    last = projection(node, constant)
+    if last is None:
+        return "its output is not a linear map (a norm or a gain of the output, or a mixture of experts)"
+    if last.rows is not None:
+        return "its output is a part of a larger projection"
+    held = [last.weight] if last.bias is None else [last.weight, last.bias]
+    for each in held:
+        if each not in weights:
+            return "its weight is computed from others (quantized, or an adapter)"
+        if len(each.users) > 1:
+            return f"{weights[each]} has other uses"
+    return LinearMap(branch.name, last.input, last.weight, last.bias, last.transposed, last.fan_in, scale)

@@ -16,12 +16,12 @@ from fxfuse._torch.dynamo import innermost, originals_forbidden
 from fxfuse.backend.frontend import Captured, compiled_apart, take
 from fxfuse.backend.naming import elsewhere
 from fxfuse.data.batches import Batch, blaming, fresh, on_device_of
-from fxfuse.errors import CaptureError, HealError
+from fxfuse.errors import CaptureError, HealError, PlanError, nearest
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.rerun import Program
 from fxfuse.graph.values import parameters
 from fxfuse.graph.walk import Route, Stage, Walk
-from fxfuse.heal.maps import LinearMap, linear_map
+from fxfuse.healing.maps import LinearMap, linear_maps
 from fxfuse.measure.divergence import rows
 from fxfuse.measure.instrument import scaled
 from fxfuse.model.force import uncompiled
@@ -104,7 +104,7 @@ class Pair:
         """The step's parameters after ``change`` ``[d, columns]``; ``weights`` are some of them as they are now."""
         values = {**self._planned.values, **self._by_node(weights)}
         changed: dict[str, Tensor] = {}
-        for map_, part in zip(self.step.maps, change.split([m.columns for m in self.step.maps], 1), strict=True):
+        for map_, part in zip(self.step.maps, torch.split(change, [m.columns for m in self.step.maps], 1), strict=True):
             changed |= {self.step.names[node]: new for node, new in map_.changed(part, values).items()}
         return changed
 
@@ -122,7 +122,7 @@ class Pair:
         return {node: value for node, value in held.items() if isinstance(value, Tensor)}
 
 
-class _Stop(Exception):
+class _Enough(Exception):  # noqa: N818 - it is no error
     """Raised where a call of the model has given what was wanted of it."""
 
 
@@ -145,7 +145,7 @@ def pairs(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> list[Pair]:
 
         def run(*inputs: object) -> object:
             made.append(Pair(graphs, inputs, counted))
-            raise _Stop
+            raise _Enough
 
         return run
 
@@ -158,7 +158,7 @@ def pairs(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> list[Pair]:
             try:
                 compiled(**on_device_of(model, fresh(batch)))
             except Exception as error:
-                if not isinstance(innermost(error), _Stop):
+                if not isinstance(innermost(error), _Enough):
                     raise
         if len(made) == before:
             raise CaptureError("no residual stream was found in the model; fxfuse.explain says what was seen")
@@ -174,6 +174,12 @@ def _graphs(captured: Captured, plan: Plan, model: nn.Module) -> _Graphs | None:
     streams = find_streams(bare.gm, bare.names)
     if not streams:
         return None
+    known = {branch.name for stream in streams for branch in stream.branches}
+    if absent := next((name for name in plan.names if name not in known), None):
+        raise PlanError(
+            f"{absent!r} is no branch of this model as it is{nearest(absent, known)}. If the plan was applied to it "
+            "already, heal the original first, then apply the plan"
+        )
     steps = _steps(captured, streams, plan)
     original, planned = Program(bare.gm), Program(captured.gm)
     seen = [{step.goal, *(n for term in step.absent for n in (term.node, *term.scale.nodes))} for step in steps]
@@ -207,8 +213,12 @@ def _steps(planned: Captured, originals: Sequence[ResidualStream], plan: Plan) -
     for stream in find_streams(gm, names):
         inside: set[str] = set()
         for sum_ in stream.sums:
-            own = [branch for branch in sum_.branches if branch.name in places]
-            inside |= {branch.name for branch in own}
+            found: dict[str, LinearMap | str] = {}
+            for branch in sum_.branches:
+                found |= linear_maps(branch, names, constant)
+            if lost := next((name for name in found if name not in places), None):
+                raise CaptureError(f"{lost!r} of the planned model is no branch of the original: it cannot be healed")
+            inside |= found.keys()
             if not inside:
                 continue
             source = places[next(iter(inside))][0]
@@ -219,7 +229,6 @@ def _steps(planned: Captured, originals: Sequence[ResidualStream], plan: Plan) -
                 for branch in earlier.branches
                 if branch.name not in inside and branch.name not in plan.drop
             ]
-            found = {branch.name: linear_map(branch, names, constant) for branch in own}
             maps = tuple(each for each in found.values() if isinstance(each, LinearMap))
             touched = bool(edited) and before[source.sums[last].out] >= min(edited)
             factors = len(source.points) > len(source.sums) + 1

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxfuse.heal.pair import Pair
-from fxfuse.heal.ridge import STRENGTHS, Sums, solve
+from fxfuse.errors import HealError
+from fxfuse.healing.pair import Pair
+from fxfuse.healing.ridge import STRENGTHS, Sums, solve
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Fitted:
         branches: whose they are.
         before, after: relative error of the stream on text held out, ``mean |x' - x|^2 / |x|^2``.
         strength: of the ridge, relative to the mean of the Gram matrix' diagonal; 0 if the maps were left alone.
+        tokens: how many were fitted to, and held out.
         refused: why maps of other branches were not fitted, by branch.
     """
 
@@ -47,6 +49,7 @@ class Fitted:
     before: float
     after: float
     strength: float
+    tokens: tuple[int, int]
     refused: Mapping[str, str]
 
 
@@ -58,45 +61,52 @@ def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], 
         samples: which have reached the step.
         block: the most columns that are solved for at once; more are solved in blocks, each with those before it
             changed (block-coordinate descent).
+
+    Raises:
+        HealError: fewer tokens than the stream has channels.
+        NotFiniteError: NaN or infinity.
     """
     step = samples[0].pair.step
     weights: dict[str, Tensor] = {}
     columns = sum(map_.columns for map_ in step.maps)
-    before = after = None
+    errors: list[float] = []
     strength = 0.0
     for start in range(0, columns, block):
         part = slice(start, min(start + block, columns))
         fitted, held = _sums(samples, part, weights)
-        before = before if before is not None else _error(held, None)
-        found = _best(fitted, held)
-        after = _error(held, None)
-        if found is None:
+        if fitted.tokens < len(fitted.cross):
+            raise HealError(
+                f"{fitted.tokens} tokens to fit to are too few for a stream of {len(fitted.cross)} channels: give at "
+                f"least {len(fitted.cross):,}, better twenty times as many, and those that are held out beside them"
+            )
+        errors.append(_error(held, None))
+        if (best := _best(fitted, held)) is None:
             continue
-        strength, change = found
-        after = _error(held, change)
+        strength, change = best
+        errors.append(_error(held, change))
         whole = change.new_zeros(len(change), columns)
         whole[:, part] = change
         weights |= samples[0].pair.changed(whole, weights)
-    assert before is not None and after is not None  # a step has maps, and these have columns
-    return weights, Fitted(step.branches, before, after, strength, step.refused)
+    tokens = fitted.tokens, sum(sums.tokens for sums in held)
+    return weights, Fitted(step.branches, errors[0], errors[-1], strength, tokens, step.refused)
 
 
 @torch.no_grad()
 def fit(
     samples: Sequence[Sample],
     block: int,
-    said: Callable[[Fitted], None] = lambda fitted: None,
     known: Sequence[Mapping[str, Tensor]] = (),
     keep: Callable[[Mapping[str, Tensor], Fitted], None] = lambda weights, fitted: None,
+    done: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Refit all steps, front to back: the new parameters by name.
 
     Args:
         samples: at the start of their way.
         block: see :func:`fit_step`.
-        said: is told of each step.
         known: what a run before found for the first steps.
         keep: is given what each further step found.
+        done: is called after each step.
     """
     weights: dict[str, Tensor] = {}
     for number in range(len(samples[0].pair.steps)):
@@ -107,10 +117,10 @@ def fit(
         else:
             new, fitted = fit_step(samples, block)
             keep(new, fitted)
-            said(fitted)
         for sample in samples:
             sample.pair.leave(new)
         weights |= new
+        done()
     return weights
 
 
@@ -139,7 +149,8 @@ def _best(fitted: Sums, held: Sequence[Sums]) -> tuple[float, Tensor] | None:
     if not all(sums.error(None) > 0 for sums in held):
         return None
     for strength in STRENGTHS:
-        change = solve(fitted, strength)
+        if (change := solve(fitted, strength)) is None:
+            continue
         left = sum(sums.error(change) / sums.error(None) for sums in held) / len(held)
         if left < least:
             least, best = left, (strength, change)

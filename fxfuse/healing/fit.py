@@ -7,54 +7,17 @@ Ghosted Layers (arXiv 2605.15491) and of NBL (arXiv 2505.21077), at every sum, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fxfuse.errors import HealError
-from fxfuse.healing.pair import Pair
 from fxfuse.healing.ridge import STRENGTHS, Sums, solve
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A batch on its way, and what it is for.
-
-    Attributes:
-        pair: both models, standing at the same step.
-        domain: the kind of text.
-        held: it chooses strengths, and is not fitted to.
-    """
-
-    pair: Pair
-    domain: str
-    held: bool
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What became of the maps of one residual sum.
-
-    Attributes:
-        branches: whose they are.
-        before, after: relative error of the stream on text held out, ``mean |x' - x|^2 / |x|^2``.
-        strength: of the ridge, relative to the mean of the Gram matrix' diagonal; 0 if the maps were left alone.
-        tokens: how many were fitted to, and held out.
-        refused: why maps of other branches were not fitted, by branch.
-    """
-
-    branches: tuple[str, ...]
-    before: float
-    after: float
-    strength: float
-    tokens: tuple[int, int]
-    refused: Mapping[str, str]
+from fxfuse.healing.steps import Outcome, Sample, check_amount
 
 
 @torch.no_grad()
-def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], Fitted]:
+def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], Outcome]:
     """Refit the maps of the step at which all samples stand: their new parameters by name, if any are better.
 
     Args:
@@ -74,11 +37,7 @@ def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], 
     for start in range(0, columns, block):
         part = slice(start, min(start + block, columns))
         fitted, held = _sums(samples, part, weights)
-        if fitted.tokens < len(fitted.cross):
-            raise HealError(
-                f"{fitted.tokens} tokens to fit to are too few for a stream of {len(fitted.cross)} channels: give at "
-                f"least {len(fitted.cross):,}, better twenty times as many, and those that are held out beside them"
-            )
+        check_amount(fitted.tokens, len(fitted.cross))
         errors.append(_error(held, None))
         if (best := _best(fitted, held)) is None:
             continue
@@ -88,40 +47,7 @@ def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], 
         whole[:, part] = change
         weights |= samples[0].pair.changed(whole, weights)
     tokens = fitted.tokens, sum(sums.tokens for sums in held)
-    return weights, Fitted(step.branches, errors[0], errors[-1], strength, tokens, step.refused)
-
-
-@torch.no_grad()
-def fit(
-    samples: Sequence[Sample],
-    block: int,
-    known: Sequence[Mapping[str, Tensor]] = (),
-    keep: Callable[[Mapping[str, Tensor], Fitted], None] = lambda weights, fitted: None,
-    done: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """Refit all steps, front to back: the new parameters by name.
-
-    Args:
-        samples: at the start of their way.
-        block: see :func:`fit_step`.
-        known: what a run before found for the first steps.
-        keep: is given what each further step found.
-        done: is called after each step.
-    """
-    weights: dict[str, Tensor] = {}
-    for number in range(len(samples[0].pair.steps)):
-        for sample in samples:
-            sample.pair.reach()
-        if number < len(known):
-            new = dict(known[number])
-        else:
-            new, fitted = fit_step(samples, block)
-            keep(new, fitted)
-        for sample in samples:
-            sample.pair.leave(new)
-        weights |= new
-        done()
-    return weights
+    return weights, Outcome("fit", step.branches, errors[0], errors[-1], tokens, strength, step.refused)
 
 
 def _sums(samples: Sequence[Sample], part: slice, weights: Mapping[str, Tensor]) -> tuple[Sums, list[Sums]]:

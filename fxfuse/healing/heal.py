@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +20,18 @@ from fxfuse._torch.compiled import original
 from fxfuse._torch.dynamo import originals_forbidden
 from fxfuse.data.batches import eval_mode
 from fxfuse.errors import HealError, OptionError
-from fxfuse.healing.fit import Fitted, Sample, fit
+from fxfuse.healing.fit import fit_step
+from fxfuse.healing.local import Training, train_step
 from fxfuse.healing.pair import pairs
 from fxfuse.healing.state import State
+from fxfuse.healing.steps import Improve, Outcome, Sample, front_to_back
 from fxfuse.healing.text import Kind, Text, kinds
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.measure.planned import Planned
 from fxfuse.model.force import uncompiled
 from fxfuse.plan import Plan
 
-Method: TypeAlias = Literal["fit"]
+Method: TypeAlias = Literal["fit", "local"]
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """How much of the change is tried, the most first: the whole may be too much for text of other kinds."""
@@ -46,28 +50,32 @@ class Healing:
     """What :func:`heal` did; ``str()`` is a table.
 
     Attributes:
-        fitted: the residual sums whose maps were fitted, in the order of the stream.
+        outcomes: of each step of each method, in the order in which they were made.
         kl: by kind of text, on the batches that were held out.
-        share: how much of the fitted change was kept: 1 is all of it, 0 means that the weights are as they were.
+        share: how much of the change was kept: 1 is all of it, 0 means that the weights are as they were.
         tokens: how many were fitted to, and held out.
         seconds: that it took.
     """
 
-    fitted: tuple[Fitted, ...]
+    outcomes: tuple[Outcome, ...]
     kl: Mapping[str, Divergence]
     share: float
     tokens: tuple[int, int]
     seconds: float
 
     def __str__(self) -> str:
-        changed = sum(each.strength > 0 for each in self.fitted)
         lines = [f"{'KL to the original, nats/token':31}  {'unhealed':>9}  {'healed':>9}"]
         lines += [f"{name or 'text held out':31}  {kl.before:9.4g}  {kl.after:9.4g}" for name, kl in self.kl.items()]
-        if self.share:
-            kept = "" if self.share == 1 else f"; {self.share:.0%} of the change was kept"
-            lines.append(f"the maps of {changed} of {len(self.fitted)} residual sums were fitted{kept}")
-        else:
-            lines.append("nothing was changed: no share of the fit is nearer to the original on every kind of text")
+        for method, done in (("fit", "sums were fitted"), ("local", "regions were trained")):
+            own = [each for each in self.outcomes if each.method == method]
+            if own:
+                lines.append(f"{sum(each.after < each.before for each in own)} of {len(own)} {done}")
+        if self.share < 1:
+            lines.append(
+                f"{self.share:.0%} of the change was kept"
+                if self.share
+                else "nothing was changed: no share of the change brings every kind of text nearer to the original"
+            )
         lines.append(f"{self.tokens[0]:,} tokens fitted to, {self.tokens[1]:,} held out, {self.seconds:.0f} s")
         return "\n".join(lines)
 
@@ -77,10 +85,11 @@ def heal(
     model: nn.Module,
     plan: Plan | str | os.PathLike[str],
     batches: Text,
-    method: Method = "fit",
+    method: Method | Sequence[Method] = "fit",
     *,
     held_out: float = 0.2,
     block: int = 8192,
+    training: Training = Training(),  # noqa: B008 - it is frozen
     resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Healing:
@@ -92,7 +101,9 @@ def heal(
 
     ``"fit"`` needs no gradients: front to back, each linear map by which a branch writes to the residual stream (down
     and output projections, with their biases) is refitted by ridge regression, so that the stream of the planned model
-    follows the original's (:mod:`fxfuse.healing.fit`).
+    follows the original's (:mod:`fxfuse.healing.fit`). ``"local"`` trains all weights of one region after the other, by
+    gradient descent, to the same end (:mod:`fxfuse.healing.local`). ``["fit", "local"]`` goes on from the one to the
+    other: minutes, then an hour.
 
     Args:
         model: a language model, with all that the plan drops still in it; compiled or not. It runs in eval mode.
@@ -100,11 +111,12 @@ def heal(
         batches: keyword arguments of the model's calls, such as ``{"input_ids": [batch, length]}``. Several kinds of
             text guard against a fit that helps one and hurts another: give ``{"code": ..., "prose": ...}``. Positions
             where ``attention_mask`` is 0 do not count.
-        method: how.
+        method: how, or several, each going on from the one before.
         held_out: share of the batches of each kind that is not fitted to, but chooses and decides.
         block: the most inputs of a map that are solved for at once, which takes ``8 * block ** 2`` bytes a few times
             over. A wider map, as of a group of FFNs, is solved in blocks.
-        resume: a folder that keeps what each sum gave; an interrupted run goes on from it. Remove it when done.
+        training: how regions are trained.
+        resume: a folder that keeps what each step gave; an interrupted run goes on from it. Remove it when done.
         progress: show on stderr how far it is.
 
     Memory, besides: the stream of each batch, twice, and a second copy of the weights that are fitted.
@@ -119,48 +131,74 @@ def heal(
     started = time.monotonic()
     chosen = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
     own = original(model)
-    _check(chosen, method)
+    methods = _checked(chosen, method)
     check_count("block", block)
     text = kinds(batches, held_out)
-    state = State(resume, own, chosen, text, block) if resume is not None else None
+    improves: dict[str, Improve] = {
+        "fit": partial(fit_step, block=block),
+        "local": partial(train_step, training=training),
+    }
+    settings = {"fit": str(block), "local": str(training)}
+    outcomes: list[Outcome] = []
+    weights: dict[str, Tensor] = {}
     with eval_mode(own), uncompiled(own), originals_forbidden():
-        fitted, weights = _fit(own, chosen, text, block, state, progress)
+        for name in methods:
+            samples = _samples(own, chosen, text, weights, name)
+            state = State(Path(resume) / name, own, chosen, text, settings[name]) if resume is not None else None
+            weights |= _improve(samples, name, improves[name], state, outcomes, progress)
+            del samples
         share, kl = _share(own, chosen, text, weights, progress)
     mixed = {name: _mixed(own.get_parameter(name), new, share) for name, new in weights.items()}
     for name, new in mixed.items():
         own.get_parameter(name).copy_(new)
-    return Healing(tuple(fitted), kl, share, fitted[0].tokens, time.monotonic() - started)
+    return Healing(tuple(outcomes), kl, share, outcomes[0].tokens, time.monotonic() - started)
 
 
-def _check(plan: object, method: str) -> None:
-    if method != "fit":
-        raise OptionError(f"method={method!r}: there is only 'fit'")
+def _checked(plan: object, method: object) -> list[str]:
+    methods = [method] if isinstance(method, str) else list(method) if isinstance(method, list | tuple) else []
+    known = get_args(Method)
+    if not methods or not set(methods) <= set(known):
+        raise OptionError(f"method={method!r}: choose of {', '.join(known)}, or give a list of them")
+    if len(set(methods)) < len(methods):
+        raise OptionError(f"method={method!r} names one twice")
     if not isinstance(plan, Plan):
         raise OptionError(f"plan is a fxfuse.Plan or the path of one, not {plan!r}")
     if not plan:
         raise HealError("the plan is empty: it costs nothing, so there is nothing to heal")
+    return methods
 
 
-def _fit(
-    model: nn.Module, plan: Plan, text: Sequence[Kind], block: int, state: State | None, progress: bool
-) -> tuple[list[Fitted], dict[str, Tensor]]:
+def _samples(
+    model: nn.Module, plan: Plan, text: Sequence[Kind], weights: Mapping[str, Tensor], method: str
+) -> list[Sample]:
     marked = [(kind.name, held, batch) for kind in text for held in (False, True) for batch in _part(kind, held)]
-    made = pairs(model, plan, [batch for _, _, batch in marked])
-    steps = made[0].steps
-    if not steps:
-        raise HealError("nothing in the model can be fitted: after the first edit no branch writes by a linear map")
-    samples = [Sample(pair, name, held) for pair, (name, held, _) in zip(made, marked, strict=True)]
-    known = state.weights[: len(steps)] if state is not None else []
-    fitted = list(state.fitted) if state is not None else []
-    with bar("fitting", "sums", len(steps), progress) as advance:
+    made = pairs(model, plan, [batch for _, _, batch in marked], weights, regions=method == "local")
+    if not made[0].steps:
+        raise HealError("nothing in the model can be healed: after the first edit no branch writes by a linear map")
+    return [Sample(pair, name, held) for pair, (name, held, _) in zip(made, marked, strict=True)]
 
-        def keep(weights: Mapping[str, Tensor], step: Fitted) -> None:
+
+def _improve(
+    samples: Sequence[Sample],
+    method: str,
+    improve: Improve,
+    state: State | None,
+    outcomes: list[Outcome],
+    progress: bool,
+) -> dict[str, Tensor]:
+    steps = len(samples[0].pair.steps)
+    if state is not None:
+        outcomes += state.outcomes
+    title, unit = {"fit": ("fitting", "sums"), "local": ("training", "regions")}[method]
+    with bar(title, unit, steps, progress) as advance:
+
+        def keep(weights: Mapping[str, Tensor], outcome: Outcome) -> None:
             if state is not None:
-                state.add(weights, step)
-            fitted.append(step)
+                state.add(weights, outcome)
+            outcomes.append(outcome)
 
-        weights = fit(samples, block, known, keep, lambda: advance(1))
-    return fitted, weights
+        known = list(state.weights) if state is not None else []
+        return front_to_back(samples, improve, known, keep, lambda: advance(1))
 
 
 def _part(kind: Kind, held: bool) -> Sequence[Mapping[str, object]]:

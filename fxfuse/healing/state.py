@@ -1,4 +1,4 @@
-"""What a fit has found so far, as a folder of files, so that an interruption loses one sum of the stream at most."""
+"""What healing has found so far, as a folder of files, so that an interruption loses one sum of the stream at most."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxfuse._common.files import write_atomically
 from fxfuse.errors import FxfuseError, HealError
-from fxfuse.healing.fit import Fitted
+from fxfuse.healing.steps import Outcome
 from fxfuse.healing.text import Kind
 from fxfuse.measure.recording import model_digest
 from fxfuse.measure.resume import digest_batch
@@ -25,18 +25,18 @@ FORMAT = "fxfuse-heal-state-1"
 
 
 class State:
-    """The folder ``path``: of the fit of one model under one plan, on certain text; a file for each step.
+    """The folder ``path``: a file for each step of the healing of a model under a plan, by one method, on certain text.
 
     Attributes:
-        fitted, weights: of each step that is done, what became of it and its new parameters.
+        outcomes, weights: of each step that is done, what became of it and its new parameters.
 
     Raises:
-        HealError: a file is damaged, or the state of another fit.
+        HealError: a file is damaged, or the state of another healing.
         FxfuseError: the folder cannot be made.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], model: nn.Module, plan: Plan, text: Sequence[Kind], block: int
+        self, path: str | os.PathLike[str], model: nn.Module, plan: Plan, text: Sequence[Kind], settings: str
     ) -> None:
         self.path = Path(path)
         try:
@@ -44,22 +44,22 @@ class State:
         except OSError as error:
             raise FxfuseError(f"{str(path)!r} cannot be made a folder: {error.strerror}") from error
         digest, model_ = _digest(text), model_digest(model)
-        self._of = {"model": model_, "plan": plan.model_dump_json(), "text": digest, "block": block}
-        self.fitted: list[Fitted] = []
+        self._of = {"model": model_, "plan": plan.model_dump_json(), "text": digest, "method": settings}
+        self.outcomes: list[Outcome] = []
         self.weights: list[dict[str, Tensor]] = []
-        while (file := self._file(len(self.fitted))).exists():
+        while (file := self._file(len(self.outcomes))).exists():
             self._load(file)
 
-    def add(self, weights: Mapping[str, Tensor], fitted: Fitted) -> None:
+    def add(self, weights: Mapping[str, Tensor], outcome: Outcome) -> None:
         """Write down one more step.
 
         Raises:
             OSError: it could not be written; the steps before are untouched.
         """
-        header = {**self._of, "fitted": asdict(fitted)}
+        header = {**self._of, "outcome": asdict(outcome)}
         tensors = {name: new.contiguous() for name, new in weights.items()}
-        write_atomically(self._file(len(self.fitted)), save(tensors, {FORMAT: json.dumps(header)}))
-        self.fitted.append(fitted)
+        write_atomically(self._file(len(self.outcomes)), save(tensors, {FORMAT: json.dumps(header)}))
+        self.outcomes.append(outcome)
         self.weights.append(dict(weights))
 
     def _file(self, step: int) -> Path:
@@ -71,12 +71,12 @@ class State:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
                 if header is None:
-                    raise HealError(f"{str(path)!r} is no state of a fit: give another folder")
+                    raise HealError(f"{str(path)!r} is no state of a healing: give another folder")
                 for what, own in self._of.items():
                     if header[what] != own:
-                        raise HealError(f"{str(path)!r} is the state of a fit with another {what}: {again}")
-                fitted = header["fitted"] | {key: tuple(header["fitted"][key]) for key in ("branches", "tokens")}
-                self.fitted.append(Fitted(**fitted))
+                        raise HealError(f"{str(path)!r} is the state of a healing with another {what}: {again}")
+                given = header["outcome"]
+                self.outcomes.append(Outcome(**given | {key: tuple(given[key]) for key in ("branches", "tokens")}))
                 self.weights.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise HealError(f"the state {str(path)!r} cannot be read ({error}): {again}") from error

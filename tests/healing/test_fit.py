@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from fxfuse import Plan
 from fxfuse.errors import CaptureError, HealError
-from fxfuse.healing.fit import Fitted, Sample, fit
+from fxfuse.healing.fit import fit_step
 from fxfuse.healing.pair import Pair, pairs
+from fxfuse.healing.steps import Outcome, Sample, front_to_back
 from tests.models.tiny import Tower, llama, planned, tokens, vectors
 
 
@@ -23,9 +25,10 @@ def samples(made: list[Pair]) -> list[Sample]:
     return [Sample(pair, f"kind {n % 2}", n >= last) for n, pair in enumerate(made)]
 
 
-def fitted(model: nn.Module, plan: Plan, text: list[dict[str, object]], block: int = 4096) -> tuple[Any, list[Fitted]]:
-    said: list[Fitted] = []
-    weights = fit(samples(pairs(model, plan, text)), block, keep=lambda _, each: said.append(each))
+def fitted(model: nn.Module, plan: Plan, text: list[dict[str, object]], block: int = 4096) -> tuple[Any, list[Outcome]]:
+    said: list[Outcome] = []
+    improve = partial(fit_step, block=block)
+    weights = front_to_back(samples(pairs(model, plan, text)), improve, keep=lambda _, each: said.append(each))
     return weights, said
 
 
@@ -109,7 +112,8 @@ def test_batches_may_be_cut_otherwise() -> None:
     rows = [{**batch, "input_ids": row[None]} for batch in text for row in batch["input_ids"]]
     one, _ = fitted(llama(3), plan, text)
     made = pairs(llama(3), plan, rows)
-    other = fit([Sample(pair, f"kind {n // 2 % 2}", n >= 8) for n, pair in enumerate(made)], 4096)
+    cut = [Sample(pair, f"kind {n // 2 % 2}", n >= 8) for n, pair in enumerate(made)]
+    other = front_to_back(cut, partial(fit_step, block=4096))
 
     assert one.keys() == other.keys()
     for name in one:

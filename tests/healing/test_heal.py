@@ -132,7 +132,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             fxfuse.heal(broken, DROP, text(), resume=tmp_path / "state")
     assert_same_weights(broken, before)
-    assert len(os.listdir(tmp_path / "state")) == 2
+    assert len(os.listdir(tmp_path / "state" / "fit")) == 2
 
     calls = 0
     with monkeypatch.context() as patched:
@@ -155,7 +155,7 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
             fxfuse.heal(model, plan, batches, resume=tmp_path)
     with pytest.raises(HealError, match="another model"):
         fxfuse.heal(llama(3), DROP, text(), resume=tmp_path)
-    (tmp_path / "step-0000.safetensors").write_bytes(b"no")
+    (tmp_path / "fit" / "step-0000.safetensors").write_bytes(b"no")
     with pytest.raises(HealError, match="cannot be read"):
         fxfuse.heal(model, DROP, text(), resume=tmp_path)
     assert_same_weights(model, before)

@@ -19,6 +19,7 @@ from fxfuse._common.progress import bar
 from fxfuse._torch.compiled import original
 from fxfuse._torch.dynamo import originals_forbidden
 from fxfuse.data.batches import eval_mode
+from fxfuse.data.own_text import written_by
 from fxfuse.errors import HealError, OptionError
 from fxfuse.healing.fit import fit_step
 from fxfuse.healing.local import Training, train_step
@@ -35,6 +36,10 @@ Method: TypeAlias = Literal["fit", "local"]
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """How much of the change is tried, the most first: the whole may be too much for text of other kinds."""
+
+
+OWN_TOKENS = 16_384
+"""How much a model writes that is healed on text of its own."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def heal(
         plan: what it will follow, or the path of that.
         batches: keyword arguments of the model's calls, such as ``{"input_ids": [batch, length]}``. Several kinds of
             text guard against a fit that helps one and hurts another: give ``{"code": ..., "prose": ...}``. Positions
-            where ``attention_mask`` is 0 do not count.
+            where ``attention_mask`` is 0 do not count. ``"self"``, alone or as a kind, is 16,384 tokens that the model
+            writes itself (:func:`fxfuse.data.own_text.written_by` writes more).
         method: how, or several, each going on from the one before.
         held_out: share of the batches of each kind that is not fitted to, but chooses and decides.
         block: the most inputs of a map that are solved for at once, which takes ``8 * block ** 2`` bytes a few times
@@ -133,7 +139,7 @@ def heal(
     own = original(model)
     methods = _checked(chosen, method)
     check_count("block", block)
-    text = kinds(batches, held_out)
+    text = kinds(batches, held_out, lambda: written_by(own, OWN_TOKENS, progress=progress))
     improves: dict[str, Improve] = {
         "fit": partial(fit_step, block=block),
         "local": partial(train_step, training=training),

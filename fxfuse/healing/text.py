@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from fxfuse.data.batches import Batch, check_batch
+from fxfuse.data.own_text import SELF
 from fxfuse.errors import HealError, OptionError
 
-Text: TypeAlias = Iterable[Batch] | Mapping[str, Iterable[Batch]]
-"""Batches, or batches of several kinds of text by their names."""
+Part: TypeAlias = Iterable[Batch] | Literal["self"]
+"""Batches, or ``"self"`` for some that the model writes itself."""
+
+Text: TypeAlias = Part | Mapping[str, Part]
+"""One kind of text, or several by their names."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,13 @@ class Kind:
     held: tuple[Batch, ...]
 
 
-def kinds(batches: Text, share: float) -> tuple[Kind, ...]:
+def kinds(text: Text, share: float, written: Callable[[], Iterable[Batch]]) -> tuple[Kind, ...]:
     """The kinds of text, of each a ``share`` of the batches held out, spread evenly, and at least one.
+
+    Args:
+        text: by the caller.
+        share: between 0 and 1.
+        written: has the model write some itself.
 
     Raises:
         HealError: there is none, or fewer than two batches of one kind.
@@ -40,12 +49,21 @@ def kinds(batches: Text, share: float) -> tuple[Kind, ...]:
     """
     if not 0 < share < 1:
         raise OptionError(f"held_out lies between 0 and 1 (0.2, say), not at {share}")
-    given = batches if isinstance(batches, Mapping) else {"": batches}
-    if any(isinstance(part, Tensor | str | bool) for part in given.values()):
-        raise HealError(f"a single batch ({', '.join(map(str, given))}) is no text: give a list of batches")
+    given: Mapping[str, Part]
+    if isinstance(text, str):
+        given = {text: text}
+    else:
+        given = text if isinstance(text, Mapping) else {"": text}
     if not given:
         raise HealError("no text was given: heal needs batches of tokens")
-    return tuple(_kind(name, part, share) for name, part in given.items())
+    if any(isinstance(part, Tensor | bool) for part in given.values()):
+        raise HealError(f"a single batch ({', '.join(map(str, given))}) is no text: give a list of batches")
+    made: list[Kind] = []
+    for name, part in given.items():
+        if isinstance(part, str) and part != SELF:
+            raise HealError(f"{part!r} is no text: give batches, or {SELF!r} for text that the model writes itself")
+        made.append(_kind(name, written() if isinstance(part, str) else part, share))
+    return tuple(made)
 
 
 def _kind(name: str, batches: Iterable[Batch], share: float) -> Kind:

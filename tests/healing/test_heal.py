@@ -14,6 +14,7 @@ import fxfuse
 from fxfuse import Plan, PlanError
 from fxfuse.errors import HealError, NotFiniteError, OptionError, RecordError
 from fxfuse.healing import fit as fitting
+from fxfuse.healing.local import Training
 from tests.models.tiny import llama, planned, redraw, tokens
 
 DROP = Plan(drop=["model.layers.1.self_attn"])
@@ -71,6 +72,29 @@ def test_a_healed_model_is_nearer_to_the_original(plan: Plan, dtype: torch.dtype
     assert {n: (v.shape, v.dtype) for n, v in model.state_dict().items()} == {
         n: (v.shape, v.dtype) for n, v in original.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("method", ["local", ["fit", "local"]])
+def test_training_brings_it_nearer_too(method: Any) -> None:
+    model = trained()
+    original, unseen = copy.deepcopy(model), text(6, start=100)
+    healing = fxfuse.heal(model, DROP, text(20), method, training=Training(epochs=4, rate=1e-2))
+
+    assert {each.method for each in healing.outcomes} == ({method} if isinstance(method, str) else set(method))
+    assert healing.share > 0
+    assert kl(model, original, DROP, unseen) < kl(original, original, DROP, unseen)
+    before = original.state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"model.layers.1.mlp.gate_proj.weight", "model.layers.2.input_layernorm.weight"} <= changed
+    assert not any(name.startswith(("model.embed", "model.layers.0", "model.norm", "lm_head")) for name in changed)
+
+
+def test_text_of_its_own_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfuse.healing.heal.OWN_TOKENS", 80 * 256)
+    healing = fxfuse.heal(trained(), DROP, {"given": text(), "own": "self"})
+
+    assert healing.kl.keys() == {"given", "own"} and healing.share > 0
+    assert healing.tokens == (8 * 48 + 64 * 256, 2 * 48 + 16 * 256)
 
 
 def test_what_it_says_is_what_the_model_does() -> None:
@@ -166,6 +190,7 @@ BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (DROP, [], {}, HealError, "there are 0 batches"),
     (DROP, {"code": text(1), "prose": text()}, {}, HealError, "1 batches of the text 'code'"),
     (DROP, {}, {}, HealError, "no text was given"),
+    (DROP, "corpus.txt", {}, HealError, "'corpus.txt' is no text"),
     (DROP, text()[0], {}, HealError, "a single batch"),
     (DROP, text(4, 4), {}, HealError, "24 tokens to fit to"),
     (DROP, [{"ids": tokens()}] * 4, {}, RecordError, "batch 0"),

@@ -4,8 +4,8 @@
 
 SmolLM2-135M. For each plan (so many attentions of least KL dropped, and so many of the FFNs then next to each other in
 groups of two) the perplexity and the KL to the original, unhealed and healed, on two kinds of text that take part in
-nothing else: "near", topics of Python's documentation that were not healed on, and "far", licence texts. Healed on other
-topics, on docstrings of the standard library, and on text that the model writes itself.
+nothing else: "near", topics of Python's documentation that were not healed on, and "far", licence texts. It is healed
+on other topics, on docstrings of the standard library, and on text that the model writes itself.
 """
 
 from __future__ import annotations
@@ -105,9 +105,8 @@ def main() -> None:
     recording = fxfuse.record(model, batches(python_documentation("plan"), 2048), max_group=0, progress=True)
     rows: list[dict[str, Any]] = []
     numbers = [[int(each) for each in text.split(",")] for text in (arguments.drops, arguments.groups)]
-    print(
-        f"{Machine.here()}\n{'drops':>5} {'groups':>6} {'':8} {'KL near':>8} {'far':>8} {'perplexity near':>16} {'far':>8}"
-    )
+    print(Machine.here())
+    print(f"{'drops':>5} {'groups':>6} {'':8} {'KL near':>8} {'KL far':>8} {'ppl near':>8} {'ppl far':>8}")
     original = measured(model, model, Plan(), judges)
     _show("", "", "original", original)
     for plan in plans(recording, *numbers):

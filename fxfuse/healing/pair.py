@@ -92,13 +92,11 @@ class Pair:
 
     def weights(self) -> dict[str, Tensor]:
         """The step's parameters as they are, by name."""
-        return {self.step.weights[node]: value for node, value in self._by_node({}).items()}
+        values = self._planned.values
+        return {name: value for node, name in self.step.weights.items() if isinstance(value := values[node], Tensor)}
 
     def _by_node(self, weights: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
-        """All parameters of the step: new ones, or those that are there."""
-        values = self._planned.values
-        held = {node: weights.get(name, values[node]) for node, name in self.step.weights.items()}
-        return {node: value for node, value in held.items() if isinstance(value, Tensor)}
+        return {node: weights[name] for node, name in self.step.weights.items() if name in weights}
 
 
 class _Enough(Exception):  # noqa: N818 - it is no error

@@ -49,11 +49,7 @@ def kinds(text: Text, share: float, written: Callable[[], Iterable[Batch]]) -> t
     """
     if not 0 < share < 1:
         raise OptionError(f"held_out lies between 0 and 1 (0.2, say), not at {share}")
-    given: Mapping[str, Part]
-    if isinstance(text, str):
-        given = {text: text}
-    else:
-        given = text if isinstance(text, Mapping) else {"": text}
+    given: Mapping[str, Part] = {"": text} if not isinstance(text, str | Mapping) else _by_name(text)
     if not given:
         raise HealError("no text was given: heal needs batches of tokens")
     if any(isinstance(part, Tensor | bool) for part in given.values()):
@@ -64,6 +60,10 @@ def kinds(text: Text, share: float, written: Callable[[], Iterable[Batch]]) -> t
             raise HealError(f"{part!r} is no text: give batches, or {SELF!r} for text that the model writes itself")
         made.append(_kind(name, written() if isinstance(part, str) else part, share))
     return tuple(made)
+
+
+def _by_name(text: Mapping[str, Part] | Literal["self"]) -> Mapping[str, Part]:
+    return {text: text} if isinstance(text, str) else text
 
 
 def _kind(name: str, batches: Iterable[Batch], share: float) -> Kind:

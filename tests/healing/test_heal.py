@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fxfuse import Plan, PlanError
 from fxfuse.errors import HealError, NotFiniteError, OptionError, RecordError
 from fxfuse.healing import fit as fitting
 from fxfuse.healing.local import Training
+from fxfuse.measure.evaluation import Metrics
 from tests.models.tiny import llama, planned, redraw, tokens
 
 DROP = Plan(drop=["model.layers.1.self_attn"])
@@ -133,6 +135,21 @@ def test_nothing_is_changed_where_nothing_gets_better(monkeypatch: pytest.Monkey
 
     assert healing.share == 0 and "nothing was changed" in str(healing)
     assert healing.kl[""].after == healing.kl[""].before
+    assert_same_weights(model, before)
+
+
+def test_what_heals_one_kind_of_text_and_hurts_another_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained()
+    before = weights(model)
+    scores = itertools.chain([1.0, 1.0], itertools.cycle([0.1, 1.01]))  # unhealed, then with each share of the change
+
+    def judged(*args: object, **kwargs: object) -> Metrics:
+        return Metrics(1, 1, 1.0, (1.0, 1.0), kl=next(scores))
+
+    monkeypatch.setattr("fxfuse.healing.heal.evaluate", judged)
+    healing = fxfuse.heal(model, DROP, {"one": text(), "other": text(start=50)})
+
+    assert healing.share == 0
     assert_same_weights(model, before)
 
 

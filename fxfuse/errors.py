@@ -35,7 +35,7 @@ class VerifyError(FxfuseError):
 
 
 class PruneError(FxfuseError):
-    """A dropped branch cannot leave the model."""
+    """A branch that was dropped or made linear cannot leave the model."""
 
 
 class HealError(FxfuseError):

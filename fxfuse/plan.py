@@ -1,7 +1,8 @@
 """The plan: the only thing in fxfuse that changes what a model computes.
 
-A plan names branches of the residual stream and says of each whether it leaves (``drop``) or where it reads and is
-added (``parallel``). It is data: immutable, readable JSON, versioned, valid for all graphs of its model.
+A plan names branches of the residual stream and says of each whether it leaves (``drop``), whether one linear map takes
+the place of an attention (``linear``), and where it reads and is added (``parallel``). It is data: immutable, readable
+JSON, versioned, valid for all graphs of its model.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class Plan(BaseModel):
     Attributes:
         version: of the file format; this library reads and writes 1.
         drop: branches that no longer contribute to the stream (LLM-Drop; Puzzle's no-op blocks).
+        linear: attentions that contribute one linear map of each token instead, ``W norm(x) + b``: their own norm at
+            the point that they read, then their output projection, and what follows it (NBL, arXiv 2505.21077; Puzzle's
+            linear blocks). Where that projection does not map the stream's width to itself, ``fxfuse.prune`` and
+            ``fxfuse.apply`` put a map there that does. Such a branch may be a member of a group, too.
         parallel: groups. A group stands where its first member stands in the stream; all its members read the stream
             there and the sum of their contributions is added there. FFN Fusion is ``[["l5.mlp", "l6.mlp"]]``; layer
             parallelism ``[["l5.attn", "l6.attn"], ["l5.mlp", "l6.mlp"]]``; the full-block parallelism of
@@ -68,13 +73,15 @@ class Plan(BaseModel):
             It changes nothing, so plans that differ only in it are equal.
 
     Raises:
-        PlanError: an entry is empty, not a name, or named twice; the message quotes it.
+        PlanError: an entry is empty, not a name, or named twice (but for one in ``linear`` and in a group); the message
+            quotes it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     version: Literal[1] = 1
     drop: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
     parallel: tuple[Group, ...] = ()
     why: tuple[Decision, ...] = Field(default=(), exclude=True, repr=False)
 
@@ -89,7 +96,8 @@ class Plan(BaseModel):
     def _accept_lists(cls, data: object) -> object:
         """JSON and people write lists; what a plan keeps are tuples, because a plan is immutable."""
         if isinstance(data, dict):
-            return {key: _tuples(value) if key in ("drop", "parallel", "why") else value for key, value in data.items()}
+            listed = ("drop", "linear", "parallel", "why")
+            return {key: _tuples(value) if key in listed else value for key, value in data.items()}
         return data
 
     @model_validator(mode="after")
@@ -103,7 +111,7 @@ class Plan(BaseModel):
         for name, where in self._entries():
             if not name.strip():
                 raise ValueError(f"{where} is an empty name")
-            if name in seen:
+            if name in seen and not (seen[name].startswith("linear") and where.startswith("parallel")):
                 raise ValueError(f"{name!r} is in {seen[name]} and again in {where}; a branch is edited at most once")
             seen[name] = where
         return self
@@ -111,27 +119,35 @@ class Plan(BaseModel):
     def _entries(self) -> Iterator[tuple[str, str]]:
         for index, name in enumerate(self.drop):
             yield name, f"drop[{index}]"
+        for index, name in enumerate(self.linear):
+            yield name, f"linear[{index}]"
         for index, group in enumerate(self.parallel):
             for name in flat(group):
                 yield name, f"parallel[{index}]"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every branch that the plan edits, in the plan's order."""
-        return tuple(name for name, _ in self._entries())
+        """Every branch that the plan edits, once, in the plan's order."""
+        return tuple(dict.fromkeys(name for name, _ in self._entries()))
 
     def __bool__(self) -> bool:
-        return bool(self.drop or self.parallel)
+        return bool(self.drop or self.linear or self.parallel)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and (self.drop, self.parallel) == (other.drop, other.parallel)
+        return isinstance(other, Plan) and self._edits == other._edits
 
     def __hash__(self) -> int:
-        return hash((self.drop, self.parallel))
+        return hash(self._edits)
+
+    @property
+    def _edits(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Group, ...]]:
+        return self.drop, self.linear, self.parallel
 
     def to_json(self) -> str:
-        """What a file of the plan holds; decisions, if there are any, one a line."""
-        text = json.dumps({"version": self.version, "drop": self.drop, "parallel": self.parallel}, indent=2)
+        """What a file of the plan holds; ``linear`` only if it names any; decisions, if there are any, one a line."""
+        linear = {"linear": self.linear} if self.linear else {}
+        edits = {"version": self.version, "drop": self.drop, **linear, "parallel": self.parallel}
+        text = json.dumps(edits, indent=2)
         if not self.why:
             return text
         made = [{key: value for key, value in asdict(each).items() if value is not None} for each in self.why]
@@ -164,7 +180,9 @@ class Plan(BaseModel):
         except PlanError as error:
             raise PlanError(f"plan {source!r}: {error}") from error
         if not isinstance(data, dict):
-            raise PlanError(f"plan {source!r} holds a {type(data).__name__}, not an object with drop and parallel")
+            raise PlanError(
+                f"plan {source!r} holds a {type(data).__name__}, not an object with drop, linear and parallel"
+            )
         try:
             return cls(**data)
         except PlanError as error:
@@ -196,7 +214,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return f"unknown entry {where!r}; a plan has version, drop and parallel"
+        return f"unknown entry {where!r}; a plan has version, drop, linear and parallel"
     if where == "version":
         return f"version {first['input']!r} is not one this library reads (it reads 1)"
     return f"{where}: {first['msg']}, got {first['input']!r}"

@@ -99,6 +99,27 @@ MUTATIONS = (
         ("tests/passes/test_parallelize.py",),
     ),
     Mutation(
+        "read the stream past the norm of a linear attention",
+        "fxfuse/stream/ends.py",
+        "    held = inputs[0]\n",
+        "    held = inputs[0]\n    read = inputs = [next(p for n in body for p in n.all_input_nodes if p in points)]\n",
+        ("tests/passes/test_linear.py", "-k", "every_road or output_projections"),
+    ),
+    Mutation(
+        "let what others read of a linear attention move with it",
+        "fxfuse/passes/linear.py",
+        "    _part(graph.graph, branch, ends, own)\n",
+        "",
+        ("tests/passes/test_linear.py", "-k", "keys_that_others_read"),
+    ),
+    Mutation(
+        "lose what follows the output projection of a pruned attention",
+        "fxfuse/model/learning.py",
+        "        path.append(each.path)\n        if each.path == projection:\n            return tuple(reversed(path))",
+        "        if each.path == projection:\n            return (each.path,)",
+        ("tests/model/test_linear.py", "-k", "modules_after or in_training"),
+    ),
+    Mutation(
         "forget a scale",
         "fxfuse/passes/emit/wide.py",
         "return scales[0], [1.0] * len(scales)",

@@ -130,7 +130,7 @@ def check(case: Case) -> None:
         if plan is None:
             expected = as_tuple(twin(x.clone()))
         else:
-            outputs = reference(twin, x, drop=plan.drop, parallel=plan.parallel)
+            outputs = reference(twin, x, drop=plan.drop, parallel=plan.parallel, linear=plan.linear)
             expected = outputs if spec.taps != "none" else outputs[:1]
         assert_exact(as_tuple(run(x)), expected)
 

@@ -20,6 +20,7 @@ PLANS = [
     Plan(parallel=[["l.0.mlp", "l.1.mlp"]]),
     Plan(drop=["l.3.attn", "@7"], parallel=[["l.0.mlp", "l.1.mlp", "l.2.mlp"], [["l.4.attn", "l.4.mlp"], "l.5.mlp"]]),
     Plan(drop=['l."quoted".\u00e9\u4e2d']),
+    Plan(drop=["l.0.attn"], linear=["l.1.attn", "l.2.attn"], parallel=[["l.1.mlp", "l.2.attn", "l.2.mlp"]]),
 ]
 
 
@@ -35,6 +36,13 @@ class TestValidation:
             ({"parallel": [["a", "b"], ["c"]]}, ["parallel[1]", "1 member", "at least two"]),
             ({"parallel": [[]]}, ["parallel[0]", "0 member"]),
             ({"parallel": [["a", "b"], ["c", []]]}, ["parallel[1]", "empty private sequence"]),
+            ({"drop": ["a"], "linear": ["b", "a"]}, ["'a'", "drop[0]", "linear[1]"]),
+            ({"linear": ["a", "a"]}, ["'a'", "linear[0]", "linear[1]"]),
+            ({"linear": ["a"], "parallel": [["a", "b"], ["c", "a"]]}, ["'a'", "parallel[0]", "parallel[1]"]),
+            ({"linear": ["a"], "parallel": [["a", "a"]]}, ["'a'", "parallel[0]"]),
+            ({"linear": [""]}, ["linear[0]", "empty name"]),
+            ({"linear": "l.0.attn"}, ["linear", "l.0.attn"]),
+            ({"linear": [["a", "b"]]}, ["linear[0]", "a"]),
             ({"drop": ["a", ""]}, ["drop[1]", "empty name"]),
             ({"drop": [" "]}, ["drop[0]", "empty name"]),
             ({"parallel": [["a", ""]]}, ["parallel[0]", "empty name"]),
@@ -46,7 +54,7 @@ class TestValidation:
             ({"parallel": [["a", 7]]}, ["parallel[0][1]", "7"]),
             ({"parallel": [["a", ["b", 7]]]}, ["parallel[0][1]", "7"]),
             ({"parallel": [["a", [["b", "c"], "d"]]]}, ["parallel[0][1]"]),
-            ({"paralel": [["a", "b"]]}, ["'paralel'", "version, drop and parallel"]),
+            ({"paralel": [["a", "b"]]}, ["'paralel'", "version, drop, linear and parallel"]),
             ({"version": 2}, ["version 2", "reads 1"]),
             ({"version": "1"}, ["version '1'", "reads 1"]),
             ({"version": None}, ["version None", "reads 1"]),
@@ -70,9 +78,16 @@ class TestValidation:
         assert plan.names == ("l.3.attn", "@7", "l.0.mlp", "l.1.mlp", "l.2.mlp", "l.4.attn", "l.4.mlp", "l.5.mlp")
         assert flat(plan.parallel[1]) == ("l.4.attn", "l.4.mlp", "l.5.mlp")
 
+    def test_a_linear_branch_in_a_group_is_named_once(self) -> None:
+        assert PLANS[5].names == ("l.0.attn", "l.1.attn", "l.2.attn", "l.1.mlp", "l.2.mlp")
+
+    def test_plans_that_differ_in_what_is_linear_are_not_equal(self) -> None:
+        assert Plan(linear=["a"]) != Plan(linear=["b"])
+        assert Plan(linear=["a"]) != Plan(drop=["a"])
+
 
 class TestImmutability:
-    @pytest.mark.parametrize("field", ["version", "drop", "parallel", "other"])
+    @pytest.mark.parametrize("field", ["version", "drop", "linear", "parallel", "other"])
     def test_no_field_can_be_set(self, field: str) -> None:
         with pytest.raises(ValidationError):
             setattr(Plan(), field, ())
@@ -232,6 +247,11 @@ class TestWhy:
 
     def test_a_file_of_a_plan_that_nothing_was_decided_of_is_what_it_was(self) -> None:
         assert json.loads(Plan(drop=["a"]).to_json()) == {"version": 1, "drop": ["a"], "parallel": []}
+
+    def test_a_file_names_what_is_linear_if_anything_is(self) -> None:
+        made = json.loads(Plan(linear=["a"]).to_json())
+
+        assert made == {"version": 1, "drop": [], "linear": ["a"], "parallel": []}
 
     @pytest.mark.parametrize(
         ("why", "words"),

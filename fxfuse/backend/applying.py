@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -38,18 +38,19 @@ def apply(
         model: any module; its class, its ``state_dict`` keys and its methods stay.
         plan: the plan, or the path of one.
         inner: the compiler of the rewritten graphs; "eager" runs the planned model uncompiled.
-        example: the arguments of one call, from which pruning learns what the dropped modules return; a Hugging Face
-            model needs none, and a plan that drops nothing neither.
+        example: the arguments of one call, from which pruning learns what the modules that it replaces return; a
+            Hugging Face model needs none, and a plan that only has groups neither.
         options: other options of the backend, see :class:`fxfuse.backend.options.Options`.
 
     Raises:
-        PlanError, OptionError: the plan or an option is not valid, or a dropped module is no branch.
-        PruneError: a dropped branch cannot leave the model. After any of these the model is as it was.
+        PlanError, OptionError: the plan or an option is not valid, or a pruned module is no branch.
+        PruneError: a dropped branch, or an attention made linear, cannot leave the model. After any of these the model
+            is as it was.
     """
     given: dict[str, object] = {"plan": plan, "inner": inner, **options}
     chosen = Options.parse(given)
     given["plan"], edits = chosen.plan, chosen.edits  # a file that changes later must not part pruning from compiling
-    leaving = Plan(drop=tuple(name for name in edits.drop if not name.startswith("@")))
+    leaving = Plan(drop=_modules(edits.drop), linear=_modules(edits.linear))
     with ExitStack() as undo:
         if isinstance(example, Mapping):
             prune_until(undo, model, leaving, (), example)
@@ -60,11 +61,16 @@ def apply(
         undo.callback(_put_back, [(module, _state(module)) for module in model.modules()])
         if (old := watch_of(model)) is not None:
             old.remove(model)
-        if edits.parallel or len(edits.drop) > len(leaving.drop):
+        if edits.parallel or (edits.drop, edits.linear) != (leaving.drop, leaving.linear):
             Watch(edits).put(model)
         _compile(model, given, edits)
         undo.pop_all()
     return model
+
+
+def _modules(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the names that are modules'; a branch that is called by its number is edited in the graph alone."""
+    return tuple(name for name in names if not name.startswith("@"))
 
 
 _State: TypeAlias = tuple[dict[str, object], dict[int, Callable[..., object]]]

@@ -70,7 +70,7 @@ def ffnfuse(
             share=chosen.weights == "share",
             merge_gate_up=chosen.merge_gate_up,
             kernels=chosen.kernels,
-            elsewhere=elsewhere(root, names),
+            elsewhere=elsewhere(root, names, plan),
             inputs=example_inputs if chosen.verify else None,
             verify=chosen.verify,
             max_rewrites=chosen.max_rewrites,

@@ -16,7 +16,7 @@ from fxfuse._torch.sources import guard_identity, is_guarded, outermost_module
 from fxfuse._torch.tracing import compiled_module, is_broken, uncut_inputs
 from fxfuse.graph import values
 from fxfuse.graph.values import clean, module_path, unwrapped
-from fxfuse.model.pruning import is_dropped
+from fxfuse.model.stand_ins import is_dropped
 from fxfuse.passes.pipeline import CUT, Cut
 from fxfuse.plan import Member, Plan
 
@@ -53,7 +53,7 @@ def for_root(plan: Plan, root: nn.Module | None) -> Plan:
         return own(member) if isinstance(member, str) else tuple(map(own, member))
 
     groups = tuple(tuple(map(member_of, group)) for group in plan.parallel)
-    return Plan(drop=tuple(map(own, plan.drop)), parallel=groups)
+    return Plan(drop=tuple(map(own, plan.drop)), linear=tuple(map(own, plan.linear)), parallel=groups)
 
 
 def cut(names: Mapping[fx.Node, str]) -> Cut:
@@ -107,8 +107,11 @@ def _replacing(numbers: Mapping[fx.Node, float]) -> Callable[[fx.Node], fx.node.
     return lambda node: numbers.get(node, node)
 
 
-def elsewhere(root: nn.Module | None, names: Mapping[fx.Node, str]) -> Callable[[str], bool]:
-    """Whether a branch's name stands for a module that this graph does not hold: another does, or it was pruned."""
+def elsewhere(root: nn.Module | None, names: Mapping[fx.Node, str], plan: Plan) -> Callable[[str], bool]:
+    """Whether a branch's name stands for a module that this graph does not hold: another does, or it was pruned.
+
+    What was dropped before cannot be made linear.
+    """
     if root is None:
         return lambda name: False
     modules = {clean(path): module for path, module in root.named_modules(remove_duplicate=False)}
@@ -119,7 +122,7 @@ def elsewhere(root: nn.Module | None, names: Mapping[fx.Node, str]) -> Callable[
         if module is None:
             return False
         if is_dropped(module):
-            return True
+            return name not in plan.linear
         held = [clean(f"{name}.{own}") for own, _ in module.named_parameters()]
         return bool(held) and not any(path in here for path in held)
 

@@ -225,7 +225,7 @@ class Recogniser:
                 leaves[node] = leaf
                 continue
             found = op(node)
-            if found is None or not _leaves_tokens_apart(node, found):
+            if found is None or not leaves_tokens_apart(node, found):
                 return None
             nodes[node] = None
             stack.extend(reversed(_read(node)))
@@ -276,7 +276,7 @@ def _one_a_unit(constant: fx.Node, user: fx.Node, width: int) -> bool:
     return product(sizes) == 1 or (sizes[-1] == width and product(sizes) == width)
 
 
-def _leaves_tokens_apart(node: fx.Node, found: Op) -> bool:
+def leaves_tokens_apart(node: fx.Node, found: Op) -> bool:
     """Whether ``node`` is pointwise, or mixes the features of each token alone, and neither draws nor writes."""
     if drops_randomly(found) or found.inplace:
         return False

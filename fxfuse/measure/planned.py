@@ -58,7 +58,7 @@ class Planned:
 
     def _rewritten(self, captured: Captured) -> fx.GraphModule:
         gm, names = captured.gm, captured.names
-        edit(gm, self.plan, names=names, strict=True, elsewhere=elsewhere(self._model, names))
+        edit(gm, self.plan, names=names, strict=True, elsewhere=elsewhere(self._model, names, self.plan))
         return gm
 
 

@@ -120,7 +120,7 @@ class Recorder:
     def _instrument(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         captured = take(gm, inputs, self.model)
         names = captured.names
-        edit(captured.gm, self.plan, names=names, strict=True, elsewhere=elsewhere(self.model, names))
+        edit(captured.gm, self.plan, names=names, strict=True, elsewhere=elsewhere(self.model, names, self.plan))
         made = Instrumented(captured.gm, names, self.max_group)
         if not made.places:
             return gm.forward

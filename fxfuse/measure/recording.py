@@ -38,7 +38,7 @@ class BranchRecord:
 
     Attributes:
         name: what a plan calls it.
-        kind: gated_ffn, ffn, attention, moe or other.
+        kind: gated_ffn, ffn, attention, linear, moe or other.
         stream: the number of its residual stream.
         reads: the number of residual sums before the point that it reads.
         adds: the number of the residual sum that it is added in.

@@ -192,7 +192,7 @@ class Watch:
             raise NotInForceError(self._words())
 
     def _words(self) -> str:
-        name = flat(self.plan.parallel[0])[0] if self.plan.parallel else self.plan.drop[0]
+        name = flat(self.plan.parallel[0])[0] if self.plan.parallel else self.plan.names[0]
         return (
             f"the plan that fxfuse.apply gave this model (of {name!r}, ...) is not in force where its code runs here. "
             "It holds where the model itself is called: not a part of it or its forward, nor under torch.export, vmap "

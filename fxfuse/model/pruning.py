@@ -1,27 +1,36 @@
-"""Prune: a dropped branch really leaves the model, with its weights and its KV cache.
+"""Prune: a branch that a plan drops, or what an attention no longer needs, really leaves the model, KV cache included.
 
 Dropping attention in a graph leaves its keys and values, because the cache that they are written to is an output. So
-the module is replaced by one that returns zeros, in the layout that the original was seen to return. Which layout that
-is, and whether the module feeds a cache, is learnt from one call; nothing here knows a model.
+the module is replaced (:mod:`fxfuse.model.stand_ins`) by one that returns zeros, or one linear map of its input, in the
+layout that the original was seen to return (:mod:`fxfuse.model.learning`). Nothing here knows a model.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, fx, nn
 
 from fxfuse._torch.dynamo import is_off, raising
-from fxfuse._torch.pytree import tree_leaves, tree_map
-from fxfuse.errors import FxfuseError, PruneError, nearest
-from fxfuse.model.force import uncompiled
+from fxfuse._torch.pytree import tree_leaves
+from fxfuse.errors import FxfuseError, PlanError, PruneError, nearest
+from fxfuse.model.learning import Example, blaming, call, learn, trial
+from fxfuse.model.stand_ins import (
+    Dropped,
+    MadeLinear,
+    as_before,
+    count_and_map,
+    count_only,
+    is_dropped,
+    is_linear,
+    new_map,
+)
+from fxfuse.passes.linear import OutputMap, output_maps
 from fxfuse.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -29,107 +38,24 @@ log = logging.getLogger(__name__)
 APART: Any = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 """For torch.compile: graphs of our own neither serve the model's other compilations nor count towards their limit."""
 
-Example: TypeAlias = tuple[Sequence[object], Mapping[str, object]]
-
-_Lengths: TypeAlias = list[list[tuple[type, int]]]
-"""Of each KV cache, each layer's kind and how many tokens it holds."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where, among the arguments of a module, something is: position or keyword."""
-
-    key: int | str
-
-    def __call__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What one call of a module taught.
-
-    Attributes:
-        hidden: the argument that has the shape of the output: zeros are made like it.
-        layout: the output, with True for the contribution, a ``_Source`` for an argument handed through, else None.
-        dtype: of the contribution, if it is not that of ``hidden``.
-        first: the module writes the first layer of its kind in a KV cache, which carries the sequence's length; or it
-            is given a cache that nobody here can read.
-    """
-
-    hidden: _Source
-    layout: object
-    dtype: torch.dtype | None
-    first: bool
-
-    def zeros(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-        """What the module returned, with zeros for its contribution."""
-        hidden = self.hidden(args, kwargs)
-        assert isinstance(hidden, Tensor)
-        nothing = torch.zeros_like(hidden, dtype=self.dtype)
-
-        def fill(spot: object) -> object:
-            if spot is True:
-                return nothing
-            return spot(args, kwargs) if isinstance(spot, _Source) else spot
-
-        return tree_map(fill, self.layout)
-
-    def silence(self, _: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], output: object) -> object:
-        """A forward hook; a method, because a closure would keep the model from being pickled."""
-        return self.zeros(args, kwargs)
-
-
-class Dropped(nn.Module):
-    """Stands for a branch that a plan dropped: returns zeros where the branch returned its contribution."""
-
-    def __init__(self, original: nn.Module, seen: _Seen) -> None:
-        super().__init__()
-        for name, value in vars(original).items():
-            if name != "forward" and not name.startswith("_") and not isinstance(value, Tensor | nn.Module):
-                setattr(self, name, value)  # what surrounding code may ask for: layer_idx, config, ...
-        self.training = original.training
-        self._seen = seen
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return self._seen.zeros(args, kwargs)
-
-    def extra_repr(self) -> str:
-        return "no weights, no cache"
-
-
-def _count_only(original: nn.Module, seen: _Seen) -> None:
-    """Let a module that must go on writing its cache contribute nothing, under the same names as before."""
-    handle = original.register_forward_hook(seen.silence, with_kwargs=True)
-    original._fxfuse_silenced = handle  # type: ignore[assignment]  # a plain attribute: torch types modules' as tensors
-
-
-def _count_again(module: nn.Module) -> None:
-    """Take back what :func:`_count_only` did."""
-    handle = vars(module).pop("_fxfuse_silenced", None)
-    if isinstance(handle, RemovableHandle):
-        handle.remove()
-
-
-def is_dropped(module: nn.Module) -> bool:
-    """Whether :func:`prune` took this module's contribution away."""
-    return isinstance(module, Dropped) or hasattr(module, "_fxfuse_silenced")
-
 
 def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.Module:
-    """Take the branches that ``plan`` drops out of ``model``, in place; returns it.
+    """Take out of ``model`` what ``plan`` drops, and what its linear branches no longer need, in place; returns it.
 
     ``args`` and ``kwargs`` are one example call; a Hugging Face model needs none. Before anything is changed for good,
-    the pruned model's outputs are compared with those of the dropped graph, both in eval mode, where no dropout tells
+    the pruned model's outputs are compared with those of the planned graph, both in eval mode, where no dropout tells
     two calls apart; if they differ the model is put back.
 
-    The first attention of each cache type keeps its weights and its cache, which carries the sequence's length, and
-    contributes nothing.
+    An attention that is made linear keeps its output projection, under its name, and the modules that follow it there.
+    Where that projection does not read what the attention is given, a new ``linear`` of the stream's width takes its
+    place. It holds zeros, so that it contributes nothing until it is fitted or loaded.
+
+    The first attention of each cache type keeps its weights and its cache, which carries the sequence's length.
 
     Raises:
-        PruneError: a name is no module, a module is not called exactly once, returns nothing like its input, or its
-            absence is more than zeros in its place.
-        PlanError: a name is a module, but no branch of the stream.
+        PruneError: a name is no module, a module is not called exactly once, returns nothing like its input, or what is
+            put in its place is not what the plan says.
+        PlanError: a name is a module, but no branch of the stream; or one to be made linear is no attention.
     """
     with ExitStack() as undo:
         prune_until(undo, model, plan, args, kwargs)
@@ -141,41 +67,54 @@ def prune_until(
     undo: ExitStack, model: nn.Module, plan: Plan, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> None:
     """What :func:`prune` does, for as long as ``undo`` does not close."""
-    targets = {name: _module(model, name) for name in plan.drop}
-    targets = {name: module for name, module in targets.items() if not is_dropped(module)}
-    if not targets:
+    dropped = {name: module for name in plan.drop if not is_dropped(module := _module(model, name))}
+    linear = {name: module for name in plan.linear if not is_linear(module := _module(model, name))}
+    for name, module in linear.items():
+        if is_dropped(module):
+            raise PruneError(f"{name!r} was dropped from this model: apply the plan to the model as it was before")
+    if not dropped and not linear:
         return
     example = _example(model, args, kwargs)
-    seen = _learn(model, targets, example)
-    wanted = _dropped_outputs(model, Plan(drop=tuple(targets)), example)
-    for name, module in targets.items():
+    maps = _output_maps(model, linear, example)
+    linear = {name: module for name, module in linear.items() if name in maps}
+    seen = learn(model, {**dropped, **linear}, example, {name: each.path for name, each in maps.items()})
+    fitting = tuple(name for name, each in maps.items() if each.fits)
+    # A new map holds zeros, so what gets one contributes nothing.
+    leaving = (*dropped, *(name for name in maps if name not in fitting))
+    wanted = _planned_outputs(model, Plan(drop=leaving, linear=fitting), example)
+    for name, module in dropped.items():
         if seen[name].first:
-            undo.callback(_count_again, module)
-            _count_only(module, seen[name])
+            undo.callback(as_before, module, added=False)
+            count_only(module, seen[name])
         else:
             undo.callback(_set, model, name, module)
             _set(model, name, Dropped(module, seen[name]))
-    without = f"the model without {', '.join(targets)}"
-    with _blaming(without):
-        made = _call(model, example)
-    difference = _difference(_outputs(made), wanted)
-    if difference:
-        raise PruneError(f"{without} is not the model with zeros in its place: {difference}")
-    counting = [name for name in targets if seen[name].first]
+    for name, module in linear.items():
+        own = None if maps[name].fits else new_map(module, seen[name], maps[name].width)
+        if seen[name].first:
+            count_and_map(name, module, seen[name], own)
+            undo.callback(as_before, module, added=own is not None)
+        else:
+            undo.callback(_set, model, name, module)
+            _set(model, name, MadeLinear(module, seen[name], own))
+    _check(model, tuple(dropped), tuple(linear), example, wanted)
+    counting = [name for name in (*dropped, *linear) if seen[name].first]
     if counting:
         log.info("kept counting, since its cache carries the length of the sequence: %s", ", ".join(counting))
 
 
-@contextmanager
-def _blaming(what: str) -> Iterator[None]:
-    """Say of an error what could not be called; those of this library say enough."""
-    try:
-        yield
-    except FxfuseError:
-        raise
-    except Exception as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise PruneError(f"{what} cannot be called: {type(error).__name__}: {first}") from error
+def _check(
+    model: nn.Module, dropped: Sequence[str], linear: Sequence[str], example: Example, wanted: Sequence[Tensor]
+) -> None:
+    """Raise unless the pruned model computes what is wanted."""
+    what = [f"the model without {', '.join(dropped)}"] * bool(dropped)
+    what += [f"the model with {', '.join(linear)} made linear"] * bool(linear)
+    instead = ["zeros in its place"] * bool(dropped) + ["a linear map in its place"] * bool(linear)
+    with blaming(", and ".join(what)):
+        made = call(model, example)
+    difference = _difference(_outputs(made), wanted)
+    if difference:
+        raise PruneError(f"{', and '.join(what)} is not the model with {' and '.join(instead)}: {difference}")
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -184,8 +123,8 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         known = [path for path, _ in model.named_modules() if path]
         raise PruneError(
-            f"{name!r} is no module of this model, so it cannot leave it{nearest(name, known)}. "
-            "torch.compile with this plan drops it from the graph"
+            f"{name!r} is no module of this model, so nothing of it can leave{nearest(name, known)}. "
+            "torch.compile with this plan edits it in the graph"
         ) from None
 
 
@@ -199,7 +138,7 @@ def _example(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, obje
         return args, _with_cache(model, args, kwargs)
     given = getattr(model, "dummy_inputs", None)
     if not isinstance(given, Mapping):
-        raise PruneError("one example call is needed to see what the dropped modules return: pass its arguments")
+        raise PruneError("one example call is needed to see what the pruned modules return: pass its arguments")
     device = next((parameter.device for parameter in model.parameters()), None)
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
     return (), _with_cache(model, (), moved)
@@ -215,125 +154,45 @@ def _with_cache(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, o
     return {**kwargs, "use_cache": True} if free or "use_cache" in kwargs else kwargs
 
 
-@contextmanager
-def _trial(model: nn.Module) -> Iterator[None]:
-    """For calls that leave no trace: the model's own code, in eval mode, and no random numbers used up."""
-    training = [module for module in model.modules() if module.training]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    try:
-        for module in training:
-            module.training = False  # not .eval(), which models override, and which knows no way back to mixed modes
-        with uncompiled(model), torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+def _output_maps(model: nn.Module, names: Collection[str], example: Example) -> dict[str, OutputMap]:
+    """Of each attention named, its output projection; of what is a linear map already, none.
 
-
-def _call(model: nn.Module, example: Example) -> object:
-    with _trial(model):
-        return model(*example[0], **example[1])
-
-
-def _learn(model: nn.Module, targets: Mapping[str, nn.Module], example: Example) -> dict[str, _Seen]:
-    """Call the model once and watch ``targets``."""
-    seen: dict[str, list[_Seen]] = {name: [] for name in targets}
-    with ExitStack() as watching:
-        for name, module in targets.items():
-            watching.enter_context(_watched(name, module, seen[name]))
-        with _blaming("the model, with the example given,"):
-            _call(model, example)
-    for name, calls in seen.items():
-        if len(calls) != 1:
-            raise PruneError(
-                f"{name!r} was called {len(calls)} times in one call of the model; it leaves only if called once"
-            )
-    return {name: calls[0] for name, calls in seen.items()}
-
-
-@contextmanager
-def _watched(name: str, module: nn.Module, seen: list[_Seen]) -> Iterator[None]:
-    """Let each call of ``module`` add to ``seen`` what it taught: of its ``forward``, which some models call by name.
-
-    No hook would see those calls.
+    Raises:
+        PlanError: a name is no branch, or no attention.
     """
-    own, forward = vars(module).get("forward"), module.forward
+    found: dict[str, OutputMap | None] = {}
+    known: list[str] = []
 
-    def watch(*args: object, **kwargs: object) -> object:
-        before = _lengths(args, kwargs)
-        output = forward(*args, **kwargs)
-        seen.append(_observe(name, args, kwargs, output, _is_first(before, _lengths(args, kwargs))))
-        return output
+    def look(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., object]:
+        maps, branches = output_maps(gm, names)
+        found.update(maps)
+        known.extend(branches)
+        return gm.forward
 
-    try:
-        module.forward = watch
-        yield
-    finally:
-        vars(module).pop("forward", None)
-        if own is not None:
-            module.forward = own
-
-
-def _observe(name: str, args: Sequence[object], kwargs: Mapping[str, object], output: object, first: bool) -> _Seen:
-    given: list[tuple[_Source, object]] = [(_Source(index), value) for index, value in enumerate(args)]
-    given += [(_Source(key), value) for key, value in kwargs.items()]
-    contribution = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-    if contribution is None:
-        raise PruneError(f"{name!r} returns no tensor")
-    alike = [source for source, value in given if isinstance(value, Tensor) and value.shape == contribution.shape]
-    if not alike:
-        raise PruneError(f"{name!r} returns {tuple(contribution.shape)}, which is the shape of none of its inputs")
-    hidden = alike[0](args, kwargs)
-    assert isinstance(hidden, Tensor)
-
-    def place(leaf: object) -> object:
-        if leaf is contribution:
-            return True
-        return next((source for source, value in given if value is leaf and leaf is not None), None)
-
-    dtype = contribution.dtype if contribution.dtype != hidden.dtype else None
-    return _Seen(alike[0], tree_map(place, output), dtype, first)
+    if not names:
+        return {}
+    _compiled(model, Plan(), look, example)
+    for name in names:
+        if name not in found:
+            raise PlanError(f"{name!r} is no branch of the model's stream{nearest(name, known)}")
+    return {name: each for name in names if (each := found[name]) is not None}
 
 
-def _lengths(args: Sequence[object], kwargs: Mapping[str, object]) -> _Lengths | None:
-    """Of the KV caches among a module's arguments, which can tell the length of the sequence; None if one says no more.
-
-    An encoder-decoder's cache has no layers: it holds two caches that have.
-    """
-    lengths: _Lengths = []
-    for value in (*args, *kwargs.values()):
-        if not hasattr(value, "get_seq_length"):
-            continue
-        parts = (value, *getattr(value, "__dict__", {}).values())
-        held = [getattr(each, "layers", None) for each in parts if hasattr(each, "get_seq_length")]
-        caches = [list(layers) for layers in held if isinstance(layers, Iterable)]
-        if not caches or not all(hasattr(layer, "get_seq_length") for layers in caches for layer in layers):
-            return None
-        lengths += [[(type(layer), int(layer.get_seq_length())) for layer in layers] for layers in caches]
-    return lengths
+def _planned_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:
+    """What the model computes with ``plan`` applied to its graphs."""
+    return _outputs(_compiled(model, plan, "eager", example))
 
 
-def _is_first(before: _Lengths | None, after: _Lengths | None) -> bool:
-    """Whether what was written meanwhile is the first layer of its kind in its cache, or nobody can tell."""
-    if before is None or after is None or len(before) != len(after):
-        return True
-    return any(
-        [layer] != old[index : index + 1] and all(kind is not layer[0] for kind, _ in new[:index])
-        for old, new in zip(before, after, strict=True)
-        for index, layer in enumerate(new)
-    )
-
-
-def _dropped_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:
-    """What the model computes with ``plan``'s branches dropped from its graphs."""
+def _compiled(model: nn.Module, plan: Plan, inner: object, example: Example) -> object:
+    """What one call of the model returns, compiled with ``plan`` and ``inner``."""
     if is_off():
         raise PruneError(
             "torch.compile is switched off (TORCH_COMPILE_DISABLE, or torch._dynamo.config.disable), so nobody can "
-            "tell what the model computes without these branches; switch it on"
+            "tell what the model computes under this plan; switch it on"
         )
-    options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch hands on what its annotation forbids
-    with _trial(model), _blaming("the model, compiled with the plan,"), raising(FxfuseError):
-        return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
+    options: Any = {"plan": plan, "inner": inner, "strict": True}  # torch hands on what its annotation forbids
+    with trial(model), blaming("the model, compiled with the plan,"), raising(FxfuseError):
+        return torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1])
 
 
 def _outputs(output: object) -> list[Tensor]:

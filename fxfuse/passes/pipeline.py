@@ -2,7 +2,7 @@
 
 1. ``simplify``: so that every later pass sees one dialect, and sums and norms without disguises.
 2. the branches get their names, once: a name means what it meant before any edit.
-3. ``drop``, then ``parallelize``: the plan, the only approximation.
+3. ``drop``, ``linear``, then ``parallelize``: the plan, the only approximation.
 4. ``fuse_ffn``: what stands in parallel becomes wide; if asked for, fxfuse's kernels also compute what stands alone.
 5. ``merge_gate_up``: what could not shares its gate/up, and what stands alone has one of its own if asked for.
 6. what fxfuse's own kernels compute adds itself to the stream, where it can.
@@ -27,10 +27,11 @@ from fxfuse.passes.base import Pass, PassReport
 from fxfuse.passes.drop import Drop
 from fxfuse.passes.emit.kernel import Kernels
 from fxfuse.passes.fuse_ffn import FuseFFN
+from fxfuse.passes.linear import Linear
 from fxfuse.passes.merge_gate_up import MergeGateUp
 from fxfuse.passes.parallelize import Parallelize
 from fxfuse.passes.runner import Runner, running
-from fxfuse.passes.select import branch_names
+from fxfuse.passes.select import branch_names, settle
 from fxfuse.passes.simplify import Simplify
 from fxfuse.plan import Group, Plan, flat
 from fxfuse.stream.branch import stamp
@@ -157,6 +158,7 @@ def _edit(
     name_weights(names or {})
     runner(Simplify(inputs))
     gm, streams = runner.gm, runner.name(names).streams
+    settle(plan.names, streams)
     gm.meta[FOUND] = _found(streams)
     log.debug("%s", gm.meta[FOUND])
     seen(streams)
@@ -169,6 +171,7 @@ def _edit(
     if known or strict:
         _missing(plan, known, strict, elsewhere)
     runner(Drop(frozenset(name for name in plan.drop if name in known)))
+    runner(Linear(frozenset(name for name in plan.linear if name in known)))
     runner(Parallelize(tuple(groups)))
 
 

@@ -19,3 +19,16 @@ def check_known(names: Iterable[str], streams: Sequence[ResidualStream]) -> None
         if name not in known:
             what = nearest(name, known) if known else "; the graph has no residual branches"
             raise PlanError(f"{name!r} is no branch of this graph{what}")
+
+
+def settle(names: Iterable[str], streams: Sequence[ResidualStream]) -> None:
+    """Let a linear map be called by the module that a plan names, if nothing else in there is a branch.
+
+    An attention of which pruning left but its output projection goes on being named as before.
+    """
+    branches = [branch for stream in streams for branch in stream.branches]
+    known = {branch.name for branch in branches}
+    for name in names:
+        inside = [branch for branch in branches if branch.name.startswith(f"{name}.")]
+        if name not in known and len(inside) == 1 and inside[0].kind == "linear":
+            inside[0].name = name

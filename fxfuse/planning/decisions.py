@@ -26,6 +26,7 @@ def plan_of(recording: Recording, decisions: Iterable[Decision]) -> Plan:
     base = recording.plan
     return Plan(
         drop=(*base.drop, *dropped(kept)),
+        linear=base.linear,
         parallel=(*base.parallel, *(d.branches for d in kept if d.edit == "parallel")),
         why=(*base.why, *made),
     )

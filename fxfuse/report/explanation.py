@@ -18,6 +18,7 @@ from fxfuse.graph.surgery import transaction
 from fxfuse.passes import REPORTS, apply_plan, simplify
 from fxfuse.passes.base import PassReport
 from fxfuse.passes.compatible import NO_OTHER
+from fxfuse.passes.select import settle
 from fxfuse.plan import Plan, flat
 from fxfuse.report.possible import Join, Possible, possible
 from fxfuse.report.table import WIDTH, decisions, table
@@ -27,6 +28,9 @@ from fxfuse.stream.finder import find_streams
 
 Fused: TypeAlias = Literal["wide", "gate_up", ""]
 
+LINEAR = "one linear map of its norm: no scores, no cache"
+"""What is said of a branch that the plan makes linear."""
+
 
 @dataclass(frozen=True)
 class BranchInfo:
@@ -34,14 +38,15 @@ class BranchInfo:
 
     Attributes:
         name: what a plan calls it.
-        kind: gated_ffn, ffn, attention, moe or other.
+        kind: gated_ffn, ffn, attention, linear, moe or other.
         graph: the graph that holds it (more than one after graph breaks).
         stream: its residual stream within that graph.
         reads: the number of residual sums before the point that it reads.
         adds: the number of the residual sum that it is added in.
         scale: the number its output is multiplied with on the way to the stream (a symbolic one counts as 1).
         parameters: how many numbers its weights hold, its norm's included.
-        edit: what the plan does with it: "drop", "parallel 0" (the group's number) or "".
+        edit: what the plan does with it: "drop", "linear", "parallel 0" (the group's number), "linear, parallel 0" or
+            "".
         fused: "wide" if the plan makes it a part of one wide FFN, "gate_up" if its projections become one GEMM with
             those of others.
         reason: why it is not fused, or no further; without a plan, what could be done with it.
@@ -158,6 +163,7 @@ def _explain_graph(
     with transaction(gm):
         simplify(gm)
         streams = find_streams(gm, captured.names)
+        settle(plan.names, streams)
         could = Possible() if plan else possible(gm, captured.names, streams)
         rows = [
             (branch, stream_number, stream.sums_before(branch.read), index)
@@ -166,7 +172,7 @@ def _explain_graph(
             for branch in each.branches
         ]
         facts = {branch.name: (number_of_parameters(branch), branch.scale.number) for branch, *_ in rows}
-        apply_plan(gm, plan, names=captured.names, elsewhere=elsewhere(model, captured.names))
+        apply_plan(gm, plan, names=captured.names, elsewhere=elsewhere(model, captured.names, plan))
     reports: tuple[PassReport, ...] = gm.meta[REPORTS]
     infos = [
         BranchInfo(
@@ -189,9 +195,9 @@ def _explain_graph(
 
 
 def _edit(name: str, plan: Plan) -> str:
-    if name in plan.drop:
-        return "drop"
-    return next((f"parallel {index}" for index, group in enumerate(plan.parallel) if name in flat(group)), "")
+    edits = ["drop"] * (name in plan.drop) + ["linear"] * (name in plan.linear)
+    edits += [f"parallel {index}" for index, group in enumerate(plan.parallel) if name in flat(group)]
+    return ", ".join(edits)
 
 
 def _fused(name: str, reports: tuple[PassReport, ...]) -> Fused:
@@ -211,6 +217,8 @@ def _reason(branch: Branch, plan: Plan, could: Possible, reports: tuple[PassRepo
         for edit in report.refused:
             if branch.name in edit.branches:
                 return edit.detail
+    if branch.name in plan.linear:
+        return LINEAR
     if branch.reason or branch.name in plan.drop:
         return branch.reason
     if any(branch.name in flat(group) for group in plan.parallel):

@@ -67,7 +67,7 @@ def _runs(stream: ResidualStream) -> Iterator[_Run]:
         ffns = [branch.name for branch in residual.branches if branch.ffn is not None]
         others = [branch for branch in residual.branches if branch.ffn is None]
         between += [branch.name for branch in others]
-        if any(branch.kind not in ("attention", "other") for branch in others):
+        if any(branch.kind not in ("attention", "linear", "other") for branch in others):
             yield run
             run = []
         for name in ffns:

@@ -14,9 +14,10 @@ from fxfuse.graph.ops import Op, op
 from fxfuse.graph.paths import common_path, deeper
 from fxfuse.graph.scale import ONE, Scale
 from fxfuse.graph.values import called_module, clean, is_buffer, shape
+from fxfuse.stream.ends import last_products
 from fxfuse.stream.steps import way
 
-Kind: TypeAlias = Literal["gated_ffn", "ffn", "attention", "moe", "other"]
+Kind: TypeAlias = Literal["gated_ffn", "ffn", "attention", "linear", "moe", "other"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def kind_of(body: Iterable[fx.Node], ffn: FFN | None, gate_up: GateUp | None, we
     # Before experts, because sparse attention chooses keys as a router chooses experts.
     if names & {"sdpa", "mha"} or any("attention" in _called(node).lower() for node in nodes):
         return "attention"
-    scores = [node for softmax in softmaxes for node in _last_products(softmax, nodes)]
+    scores = [node for softmax in softmaxes for node in last_products(softmax, nodes)]
     if any(node in products and _weight_of(node, weight_only) is None for node in scores):
         return "attention"
     if names & {"topk", "index_add", "one_hot", "nonzero"}:
@@ -99,27 +100,12 @@ def kind_of(body: Iterable[fx.Node], ffn: FFN | None, gate_up: GateUp | None, we
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
 
 
-def _last_products(node: fx.Node, inside: Container[fx.Node]) -> list[fx.Node]:
-    """The matrix products that ``node`` is computed from with no other one in between."""
-    found: list[fx.Node] = []
-    seen, stack = {node}, [node]
-    while stack:
-        node = stack.pop()
-        if mixes(node):
-            found.append(node)
-            continue
-        new = [source for source in node.all_input_nodes if source in inside and source not in seen]
-        seen.update(new)
-        stack.extend(new)
-    return found
-
-
 def _routes(product: fx.Node, inside: Container[fx.Node], weight_only: Container[fx.Node]) -> bool:
     """Whether a product is one of experts: with several matrices of weights at once, or of tokens as they came."""
     weight = _weight_of(product, weight_only)
     if weight is not None:
         return len(shape(weight) or ()) > 2
-    return any(not _last_products(source, inside) for source in product.all_input_nodes)
+    return any(not last_products(source, inside) for source in product.all_input_nodes)
 
 
 def _weight_of(product: fx.Node, weight_only: Container[fx.Node]) -> fx.Node | None:

@@ -19,6 +19,7 @@ from fxfuse.graph.constant import weight_only
 from fxfuse.graph.peel import Change, peel
 from fxfuse.graph.values import parameters, same_shape, sizes_only
 from fxfuse.stream.branch import KEPT, Branch, Term, kind_of, name_branches, parameters_of
+from fxfuse.stream.ends import is_linear_map
 from fxfuse.stream.shared_experts import beside
 from fxfuse.stream.steps import LINKS, beginning, link, way
 from fxfuse.stream.sums import Sum, find_chains
@@ -135,14 +136,14 @@ class _Finder:
         self._pass([sums[-1].out])
         self._reads: dict[fx.Node, int] = {}
         self._computes_with: dict[fx.Node, int] = {}  # of the points read, those of which not only the sizes count
-        sizes = sizes_only(gm.graph)
+        self._sizes = sizes_only(gm.graph)
         for node in gm.graph.nodes:
             read = computed = 0
             for source in node.all_input_nodes:
                 level = self._level.get(source)
                 read |= self._reads[source] if level is None else 1 << level
                 computed |= self._computes_with[source] if level is None else 1 << level
-            self._reads[node], self._computes_with[node] = read, 0 if node in sizes else computed
+            self._reads[node], self._computes_with[node] = read, 0 if node in self._sizes else computed
 
     def _pass(self, nodes: Sequence[fx.Node]) -> None:
         """Note a part of the way of the stream, last node first: its first node is a point, and so is each factor."""
@@ -228,6 +229,8 @@ class _Finder:
         elif kind == "moe":
             tied = beside(terms, nodes, self._recogniser, self._constant)
             gate_up, reason = None, f"routed experts, and an FFN: {tied}" if tied else "routed experts"
+        elif kind == "other" and is_linear_map([term.node for term in terms], nodes, self._constant, self._sizes):
+            kind, reason = "linear", "a linear map, no hidden layer"
         return Branch(
             kind=kind,
             read=read,

@@ -15,7 +15,7 @@ import fxfuse.model.force
 from fxfuse import Plan, PlanError
 from fxfuse.data.batches import cache_keyword
 from fxfuse.errors import OptionError, PruneError
-from fxfuse.model.pruning import Dropped
+from fxfuse.model.stand_ins import Dropped
 from tests.model.test_pruning import attentions, greedy, in_steps, logits
 from tests.models.checks import assert_exact
 from tests.models.tiny import Counter, Tower, gemma3, llama, planned, tokens, vectors
@@ -149,8 +149,8 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("where", "what"),
         [
-            ("fxfuse.model.pruning", "_learn"),
-            ("fxfuse.model.pruning", "_dropped_outputs"),
+            ("fxfuse.model.pruning", "learn"),
+            ("fxfuse.model.pruning", "_planned_outputs"),
             ("fxfuse.model.pruning", "_set"),
             ("fxfuse.model.pruning", "_difference"),
             ("fxfuse.backend.applying", "watch_of"),

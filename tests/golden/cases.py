@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fxfuse.cpu import prepack as prepacking
-from fxfuse.passes import PassReport, drop, fuse_ffn, merge_gate_up, parallelize, simplify
+from fxfuse.passes import PassReport, drop, fuse_ffn, linear, merge_gate_up, parallelize, simplify
 from fxfuse.passes.add_in_kernel import AddInKernel
 from fxfuse.passes.normalise.sizes import fill_in
 from fxfuse.passes.runner import run
@@ -137,6 +137,12 @@ def skipping_the_first(model: nn.Module, x: Tensor) -> Tensor:
     return model.layers[1](model.start(x))
 
 
+def with_the_first_linear(model: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(model, Stream)
+    h, (first, second) = model.start(x), model.layers
+    return second(h + first.body.o(first.norm(h)))
+
+
 def in_parallel(model: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(model, Stream)
     h = model.start(x)
@@ -183,6 +189,8 @@ CASES = [
          Checkpointed, _simplify),
     Case("drop", "an attention leaves, and with it its norm and its projections; the stream goes past it.",
          attention_and_ffn, lambda traced: drop(traced.gm, FIRST), computes=skipping_the_first),
+    Case("linear", "an attention becomes its output projection, which reads the norm; queries, keys and scores leave.",
+         attention_and_ffn, lambda traced: linear(traced.gm, FIRST), computes=with_the_first_linear),
     Case("parallelize", "the second FFN reads the stream where the first does, and both are added there.",
          two_ffns, lambda traced: parallelize(traced.gm, [BOTH]), computes=in_parallel),
     Case("fuse_ffn", "two FFNs that read one point become one of twice the width; the gains of their norms go into it.",

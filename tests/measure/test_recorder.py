@@ -77,6 +77,32 @@ def test_the_matrix_is_what_hooks_on_the_modules_see() -> None:
     assert (recording.p99 >= recording.mean * 0.9).all()
 
 
+def test_a_linear_attention_is_recorded_as_the_map_that_it_is() -> None:
+    """Against a model whose attention module does nothing but project, recorded by hooks."""
+    model, given = llama(LAYERS), batch()
+    made = copy.deepcopy(model)
+    attention = made.get_submodule(ATTENTIONS[1])
+    attention.forward = lambda hidden_states, **_: (attention.o_proj(hidden_states), None)
+
+    recording = fxfuse.record(model, [given], fxfuse.Plan(linear=[ATTENTIONS[1]]))
+
+    assert [branch.name for branch in recording.branches] == BRANCHES
+    assert [branch.kind for branch in recording.branches] == [
+        "attention",
+        "gated_ffn",
+        "linear",
+        *["gated_ffn", "attention"] * 2,
+        "gated_ffn",
+    ]
+    base, logits = contributions(made, given)
+    for i, dropped in enumerate(BRANCHES):
+        changed, other = contributions(made, given, dropped)
+        p, q = logits.log_softmax(-1), other.log_softmax(-1)
+        assert float(recording.kl[i]) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4, abs=1e-6)
+        distance = 1 - F.cosine_similarity(base[MLPS[3]], changed[MLPS[3]], dim=-1)
+        assert float(recording.mean[i, -1]) == pytest.approx(float(distance.mean()) if i < 7 else 0, rel=1e-4, abs=1e-6)
+
+
 def test_the_one_pass_scores_are_those_of_the_streams() -> None:
     model = Tower(3)
     x = vectors(2, 5, 8)

@@ -15,7 +15,7 @@ import fxfuse
 from fxfuse import FxfuseError, Plan, PlanError
 from fxfuse.data.batches import cache_keyword, cache_of
 from fxfuse.errors import PruneError
-from fxfuse.model.pruning import Dropped
+from fxfuse.model.stand_ins import Dropped
 from tests.models.checks import assert_exact
 from tests.models.tiny import Tower, gemma3, llama, planned, redraw, tokens, vectors
 

@@ -2,8 +2,9 @@
 
 The semantics, in the words of the design: a group stands where the member that comes first in the stream stands; all
 its members read the stream there and the sum of what they contribute is added there. A member that is a list of
-branches runs in order on its own copy of the stream and contributes what it added. Every other reader sees the stream
-as the plan leaves it. Where the model multiplies its stream, a contribution is scaled by every factor that comes after
+branches runs in order on its own copy of the stream and contributes what it added. An attention that is linear
+contributes what its output projection makes of its norm's output. Every other reader sees the stream as the plan leaves
+it. Where the model multiplies its stream, a contribution is scaled by every factor that comes after
 the place where it is added: the sums keep their factors, whatever leaves or joins them, and a private copy has none.
 """
 
@@ -24,11 +25,12 @@ Parallel = Sequence[Sequence[Member]]
 
 @dataclass(frozen=True)
 class Step:
-    """One branch of a model and the sum it stands in."""
+    """One branch of a model and the sum it stands in; ``linear`` if the plan makes it that."""
 
     layer: ResidualLayer
     sum: s.Sum
     branch: s.Branch
+    linear: bool
 
     def __call__(self, h: Tensor, mask: Tensor) -> Tensor:
         """What the branch adds to a stream of value ``h``."""
@@ -37,7 +39,8 @@ class Step:
         body = getattr(self.layer, self.branch.attribute)
         if self.layer.cast != "none":
             x = x.to(next(p for p in reversed(list(body.parameters())) if p.ndim == 2).dtype)
-        f = body(x, mask) if isinstance(self.branch.body, s.Attention) else body(x)
+        body = body.o if self.linear else body
+        f = body(x, mask) if isinstance(self.branch.body, s.Attention) and not self.linear else body(x)
         if self.branch.post_norm:
             f = getattr(self.layer, f"{self.branch.attribute}_post_norm")(f)
         if self.branch.gain != "none":
@@ -49,7 +52,11 @@ class Step:
 
 
 def reference(
-    model: ResidualModel, x: Tensor, drop: Collection[str] = (), parallel: Parallel = ()
+    model: ResidualModel,
+    x: Tensor,
+    drop: Collection[str] = (),
+    parallel: Parallel = (),
+    linear: Collection[str] = (),
 ) -> tuple[Tensor, ...]:
     """The outputs of ``model`` under a plan, as a tuple: the output and then the taps."""
     steps: dict[str, Step] = {}
@@ -58,7 +65,7 @@ def reference(
         layer = model.layers[i]
         assert isinstance(layer, ResidualLayer)
         names = [f"layers.{i}.{branch.attribute}" for branch in item.branches]
-        steps.update({name: Step(layer, item, b) for name, b in zip(names, item.branches, strict=True)})
+        steps.update({n: Step(layer, item, b, n in linear) for n, b in zip(names, item.branches, strict=True)})
         sums.append((i, layer, item, names))
 
     position = {name: k for k, (_, _, _, names) in enumerate(sums) for name in names}

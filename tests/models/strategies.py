@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, get_args
 
 import torch
@@ -201,14 +201,15 @@ def swiglu_models(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> s.Mode
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """The two lists of a plan, without the library's class, so that the reference can read them."""
+    """The lists of a plan, without the library's class, so that the reference can read them."""
 
     drop: tuple[str, ...] = ()
     parallel: tuple[tuple[str | tuple[str, ...], ...], ...] = ()
+    linear: tuple[str, ...] = ()
 
     def as_lists(self) -> dict[str, list[object]]:
         groups: list[object] = [[m if isinstance(m, str) else list(m) for m in group] for group in self.parallel]
-        return {"drop": list(self.drop), "parallel": groups}
+        return {"drop": list(self.drop), "linear": list(self.linear), "parallel": groups}
 
 
 @st.composite
@@ -238,6 +239,15 @@ def layer_pairs(draw: st.DrawFn, spec: s.Model, style: str) -> list[tuple[str | 
 
 @st.composite
 def legal_plans(draw: st.DrawFn, spec: s.Model) -> PlanSpec:
+    """Any drops and groups, and some of the attentions that are left made linear, in a group or not."""
+    plan = draw(drops_and_groups(spec))
+    attentions = [b.name for b in spec.branches if b.kind == "attention" and b.name not in plan.drop]
+    linear = draw(st.lists(st.sampled_from(attentions), unique=True)) if attentions and draw(st.booleans()) else []
+    return replace(plan, linear=tuple(linear))
+
+
+@st.composite
+def drops_and_groups(draw: st.DrawFn, spec: s.Model) -> PlanSpec:
     """Drops, and groups of one kind, of mixed kinds, of layer pairs, of private sequences, near or far apart."""
     names = [b.name for b in spec.branches]
     style = draw(st.sampled_from(("any", "ffns", "attention", "pairs", "blocks")))
@@ -276,6 +286,7 @@ class Illegal:
     drop: list[object]
     parallel: list[object]
     quoted: str
+    linear: list[object] = field(default_factory=list)
 
 
 @st.composite
@@ -299,6 +310,11 @@ def malformed_plans(draw: st.DrawFn) -> Illegal:
                 Illegal([""], [[a, b]], "drop[0]"),
                 Illegal([a, 7], [], "drop"),
                 Illegal([], [[a, [b, [c]]]], "parallel[0]"),
+                Illegal([a, b], [], b, linear=[c, b]),
+                Illegal([], [], a, linear=[a, c, a]),
+                Illegal([], [[a, b], [c, a]], a, linear=[a]),
+                Illegal([], [], "linear[1]", linear=[b, " "]),
+                Illegal([], [], "linear[0]", linear=[[b]]),
             ]
         )
     )

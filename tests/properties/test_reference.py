@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -60,6 +61,23 @@ def without(layer: s.Layer, i: int, drop: set[str]) -> s.Layer:
         if kept:
             sums.append(replace(item, branches=kept))
     return s.Layer(tuple(sums))
+
+
+@given(spec=residual_models(), data=st.data())
+def test_a_linear_attention_is_the_model_whose_attention_is_its_output_projection(
+    spec: s.Model, data: st.DataObject
+) -> None:
+    names = [b.name for b in spec.branches if b.kind == "attention"]
+    assume(names)
+    linear = data.draw(st.lists(st.sampled_from(names), unique=True, min_size=1))
+    model, x = build(spec), make_input(spec)
+    made = copy.deepcopy(model)
+    for name in linear:
+        body = made.get_submodule(name)
+        body.forward = lambda y, mask, body=body: body.o(y)
+
+    with torch.no_grad():
+        assert_same(reference(model, x, linear=linear), outputs(made, x))
 
 
 @given(spec=residual_models())

@@ -167,6 +167,26 @@ class TestWithAPlan:
         found = fxfuse.explain(model, x, plan=plan)
         assert [branch.name for branch in found.branches] == ["layers.0.mlp", "layers.2.mlp"]
 
+    def test_a_linear_attention_is_told_by_its_edits_and_after_pruning_too(self) -> None:
+        model, ids = llama(2), tokens()
+        (first, second), ffn = (f"model.layers.{layer}.self_attn" for layer in range(2)), "model.layers.0.mlp"
+        plan = Plan(linear=[first, second], parallel=[[ffn, second]])
+        found = fxfuse.explain(model, ids, use_cache=False, plan=plan)
+        edits = [(branch.name, branch.kind, branch.edit) for branch in found.branches[:3]]
+        assert edits == [
+            (first, "attention", "linear"),
+            (ffn, "gated_ffn", "parallel 0"),
+            (second, "attention", "linear, parallel 0"),
+        ]
+        assert found.branches[0].reason == "one linear map of its norm: no scores, no cache"
+
+        fxfuse.prune(model, plan)
+        found = fxfuse.explain(model, ids, use_cache=False, plan=plan)
+        assert [(branch.name, branch.edit) for branch in found.branches[:3]] == [
+            (name, edit) for name, _, edit in edits
+        ]
+        assert [branch.kind for branch in found.branches] == ["linear", "gated_ffn"] * 2
+
 
 class TestTheModelStaysAsItIs:
     def test_on_the_meta_device(self) -> None:

@@ -1,0 +1,227 @@
+"""Linear: one linear map of each token takes the place of an attention: ``W norm(x) + b``, its output projection's own.
+
+Source: NBL (arXiv 2505.21077), which fits W; the linear blocks of Puzzle (arXiv 2411.19146). Here W is what the output
+projection holds. What follows it in the branch stays: a scale, a norm, dropout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Container, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxfuse.errors import PlanError
+from fxfuse.graph.constant import weight_only
+from fxfuse.graph.paths import common_path
+from fxfuse.graph.surgery import erase_dead, erase_empty_regions, transaction
+from fxfuse.graph.values import dtype, parameters, same_shape, sizes_only, value
+from fxfuse.passes.base import Control, Edit, Pass, PassReport
+from fxfuse.passes.canonical import Canonical
+from fxfuse.passes.normalise.normal import normalise
+from fxfuse.passes.runner import run
+from fxfuse.passes.select import branch_names, check_known, settle
+from fxfuse.stream.branch import KEPT, Branch, parameters_of, stamp
+from fxfuse.stream.ends import Ends, ends_of
+from fxfuse.stream.finder import ResidualStream, find_streams
+from fxfuse.stream.rewrite import shaped
+
+
+@dataclass(frozen=True)
+class Linear(Pass):
+    """See :func:`linear`."""
+
+    name = "linear"
+    branches: frozenset[str]
+
+    def run(self, graph: Canonical, control: Control) -> PassReport:
+        report = PassReport(self.name)
+        if not self.branches:
+            return report
+        check_known(self.branches, graph.streams)
+        facts = Facts.of(graph.gm)
+        owners = Counter(node for stream in graph.streams for branch in stream.branches for node in branch.nodes)
+        for stream in graph.streams:
+            for branch in stream.branches:
+                if branch.name not in self.branches or branch.kind == "linear":
+                    continue  # one that is a linear map already contributes what the plan asks for
+                ends = fitting_ends(branch, stream, facts)
+                kept = _rewrite(graph, branch, ends, owners)
+                detail = f"{kept} of its nodes serve others and stay" if kept else ""
+                report.done.append(Edit((branch.name,), "made linear", detail))
+        erase_empty_regions(graph.graph)
+        return report
+
+
+def linear(gm: fx.GraphModule, branches: Collection[str]) -> PassReport:
+    """Let each named attention contribute what its output projection makes of its norm's output.
+
+    ``h + f(o(attend(q(x), k(x), v(x))))`` with ``x = norm(h)`` becomes ``h + f(o(x))``; the branch reads the stream
+    where it did, and keeps its name. Queries, keys, values and scores leave the graph, but for a part that others read
+    (keys and values as graph outputs, a write to a cache): it stays, and the report says so. A branch that is such a
+    map already stays as it is.
+
+    Args:
+        gm: any graph that has residual streams.
+        branches: names.
+
+    Raises:
+        PlanError: no branch has such a name; it is no attention; its output projection does not map the width of the
+            stream to itself, or where it begins and ends cannot be told. The graph is then as it was.
+    """
+    return run(gm, Linear(frozenset(branches)))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the ends of a branch are told by: the nodes that depend on weights alone, and those that tell only sizes."""
+
+    weights: set[fx.Node]
+    sizes: set[fx.Node]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Facts:
+        return cls(weight_only(gm, parameters(gm)), sizes_only(gm.graph))
+
+
+def attention_ends(branch: Branch, stream: ResidualStream, facts: Facts) -> Ends:
+    """Where an attention begins and ends.
+
+    Raises:
+        PlanError: it is none, or nobody can tell.
+    """
+    if branch.kind != "attention":
+        raise PlanError(f"{branch.name!r} is no attention but of kind {branch.kind}: linear is for attention")
+    terms = [term.node for term in branch.terms]
+    found = ends_of(terms, branch.body, stream.levels, facts.weights, facts.sizes)
+    if isinstance(found, str):
+        raise PlanError(f"{branch.name!r} cannot be made linear: {found}")
+    return found
+
+
+def fitting_ends(branch: Branch, stream: ResidualStream, facts: Facts) -> Ends:
+    """The same of an attention whose output projection can read what its first projections read.
+
+    Raises:
+        PlanError: it is none; or the projection reads another number of features.
+    """
+    ends = attention_ends(branch, stream, facts)
+    if ends.output.fan_in != ends.width:
+        raise PlanError(
+            f"{branch.name!r} cannot be made linear in its graph: its output projection reads {ends.output.fan_in} "
+            f"features, and its input has {ends.width}. fxfuse.prune and fxfuse.apply put a linear map of {ends.width} "
+            "features in its place"
+        )
+    return ends
+
+
+@dataclass(frozen=True)
+class OutputMap:
+    """The output projection of an attention, as its model has it.
+
+    Attributes:
+        path: the path of its weights, from the module that the branch is named after.
+        reads: how many features it reads.
+        width: how many the branch's input has.
+    """
+
+    path: str
+    reads: int
+    width: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can read the branch's input."""
+        return self.reads == self.width
+
+
+def output_maps(gm: fx.GraphModule, names: Collection[str]) -> tuple[dict[str, OutputMap | None], tuple[str, ...]]:
+    """The output projections of those attentions named that a graph holds, and the names of all its branches.
+
+    None stands for that of a branch which is a linear map already.
+
+    Raises:
+        PlanError: one is no attention, nobody can tell where it ends, or that is not in the module of its name.
+    """
+    found: dict[str, OutputMap | None] = {}
+    with transaction(gm):
+        normalise(gm)
+        streams = find_streams(gm)
+        settle(names, streams)
+        weights, facts = parameters(gm), Facts.of(gm)
+        for stream in streams:
+            for branch in stream.branches:
+                if branch.name not in names:
+                    continue
+                if branch.kind == "linear":
+                    found[branch.name] = None
+                    continue
+                ends = attention_ends(branch, stream, facts)
+                held = parameters_of((ends.product,), weights, facts.weights)
+                path = common_path(weights[node] for node in held)
+                if not path.startswith(f"{branch.name}."):
+                    where = repr(path) if path else "no module of its own"
+                    raise PlanError(f"{branch.name!r} cannot be made linear: its output projection is in {where}")
+                own = path.removeprefix(f"{branch.name}.")
+                found[branch.name] = OutputMap(own, ends.output.fan_in, ends.width)
+    return found, branch_names(streams)
+
+
+def _rewrite(graph: Canonical, branch: Branch, ends: Ends, owners: Mapping[fx.Node, int]) -> int:
+    """Let the output projection read the branch's input; how many nodes stay because others use them."""
+    ends.product.replace_input_with(ends.source, _input_like_source(graph, branch, ends))
+    stamp([branch])
+    erased = erase_dead(graph.graph, [ends.source])
+    left = branch.nodes - _needed([term.node for term in branch.terms], branch.nodes)
+    kept = [node for node in branch.body if node in left.difference(erased)]
+    own = [node for node in kept if owners[node] == 1]
+    for node in own:
+        node.meta[KEPT] = branch.name  # it goes on reading the stream where it stood
+    _part(graph.graph, branch, ends, own)
+    return len(kept)
+
+
+def _input_like_source(graph: Canonical, branch: Branch, ends: Ends) -> fx.Node:
+    """What the first projections read, in the shape and dtype of what the output projection reads."""
+    made = next((node for node in (*ends.read, ends.input) if same_shape(node, ends.source)), None)
+    with graph.graph.inserting_before(ends.product):
+        made = shaped(graph.graph, ends.input, ends.source) if made is None else made
+        wanted, known = dtype(ends.source), value(made)
+        if wanted is not None and known is not None and known.dtype != wanted:
+            made = graph.graph.call_method("to", (made, wanted))
+            made.meta["example_value"] = known.to(wanted)
+    if made in graph.overwritten:
+        first = next(node for node in branch.body if made in node.all_input_nodes)
+        with graph.graph.inserting_before(first):  # later it holds something else
+            copied = graph.graph.call_method("clone", (made,))
+        copied.meta["example_value"] = value(made)
+        return copied
+    return made
+
+
+def _needed(nodes: Collection[fx.Node], inside: Container[fx.Node]) -> set[fx.Node]:
+    """Those of ``inside`` that ``nodes`` are computed from, and they themselves."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _part(graph: fx.Graph, branch: Branch, ends: Ends, kept: Collection[fx.Node]) -> None:
+    """Let the nodes that are ``kept`` read a norm of their own: the branch may move, and they stay."""
+    copies: dict[fx.Node, fx.Node] = {}
+    needed = _needed([source for node in kept for source in node.all_input_nodes], frozenset(ends.before))
+    for node in ends.before:
+        if node in needed:
+            with graph.inserting_before(node):
+                copies[node] = graph.node_copy(node, lambda source: copies.get(source, source))
+            copies[node].meta[KEPT] = branch.name
+    for node in kept:
+        for source in node.all_input_nodes:
+            if source in copies:
+                node.replace_input_with(source, copies[source])

@@ -162,7 +162,7 @@ def pairs(
 def _graphs(captured: Captured, plan: Plan, model: nn.Module, regions: bool) -> _Graphs | None:
     bare = captured.copy()
     for each, edits in ((bare, Plan()), (captured, plan)):
-        edit(each.gm, edits, names=each.names, strict=True, elsewhere=elsewhere(model, each.names))
+        edit(each.gm, edits, names=each.names, strict=True, elsewhere=elsewhere(model, each.names, edits))
     streams = find_streams(bare.gm, bare.names)
     if not streams:
         return None

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from fxfuse._torch.dynamo import is_off, raising
 from fxfuse._torch.pytree import tree_leaves, tree_map
 from fxfuse.errors import FxfuseError, PruneError, nearest
+from fxfuse.model import healed
 from fxfuse.model.force import uncompiled
 from fxfuse.plan import Plan
 
@@ -116,6 +117,11 @@ def is_dropped(module: nn.Module) -> bool:
     return isinstance(module, Dropped) or hasattr(module, "_fxfuse_silenced")
 
 
+def dropped_in(model: nn.Module) -> tuple[str, ...]:
+    """The names of the modules of ``model`` whose contribution :func:`prune` took away."""
+    return tuple(name for name, module in model.named_modules() if is_dropped(module))
+
+
 def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.Module:
     """Take the branches that ``plan`` drops out of ``model``, in place; returns it.
 
@@ -129,11 +135,13 @@ def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.M
     Raises:
         PruneError: a name is no module, a module is not called exactly once, returns nothing like its input, or its
             absence is more than zeros in its place.
-        PlanError: a name is a module, but no branch of the stream.
+        PlanError: a name is a module, but no branch of the stream; or the model was healed for another plan.
     """
+    healed.check(model, plan)
     with ExitStack() as undo:
         prune_until(undo, model, plan, args, kwargs)
         undo.pop_all()
+    healed.keep(model, plan.model_copy(update={"drop": dropped_in(model), "parallel": ()}))
     return model
 
 
@@ -332,7 +340,7 @@ def _dropped_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Ten
             "tell what the model computes without these branches; switch it on"
         )
     options: Any = {"plan": plan, "inner": "eager", "strict": True}  # torch hands on what its annotation forbids
-    with _trial(model), _blaming("the model, compiled with the plan,"), raising(FxfuseError):
+    with _trial(model), healed.unchecked(), _blaming("the model, compiled with the plan,"), raising(FxfuseError):
         return _outputs(torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1]))
 
 

@@ -143,6 +143,13 @@ class Plan(BaseModel):
     def _edits(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Group, ...]]:
         return self.drop, self.linear, self.parallel
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the edits, in hexadecimal: the same for plans that differ only in order, or in ``why``."""
+        edits = self.model_dump(exclude={"version", "why"})
+        kinds = {kind: sorted(map(_canonical, entries)) for kind, entries in edits.items() if entries}
+        return hashlib.sha256(json.dumps(kinds, sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> str:
         """What a file of the plan holds; ``linear`` only if it names any; decisions, if there are any, one a line."""
         linear = {"linear": self.linear} if self.linear else {}
@@ -192,6 +199,11 @@ class Plan(BaseModel):
 def flat(group: Group) -> tuple[str, ...]:
     """The branches of a group in its own order, private sequences opened."""
     return tuple(name for member in group for name in ((member,) if isinstance(member, str) else member))
+
+
+def _canonical(entry: str | Group) -> str:
+    """An entry of a plan as JSON; the members of a group have no order, those of a private sequence do."""
+    return json.dumps(entry if isinstance(entry, str) else sorted(map(json.dumps, entry)))
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -275,3 +275,17 @@ class TestWhy:
             torch.compile(model, backend="ffnfuse", options={"plan": plan, "inner": counter})(x)
 
         assert len(counter) == 1
+
+
+def test_the_digest_is_of_the_edits_and_not_of_their_order() -> None:
+    plan = Plan(drop=["a", "b"], parallel=[["c", ["d", "e"]], ["f", "g"]])
+    same = Plan(drop=["b", "a"], parallel=[["g", "f"], [["d", "e"], "c"]])
+    others = [
+        Plan(),
+        Plan(drop=["a", "b"]),
+        Plan(drop=["a", "b"], parallel=[["c", ["e", "d"]], ["f", "g"]]),
+        Plan(drop=["a", "b"], parallel=[["c", "d", "e"], ["f", "g"]]),
+    ]
+
+    assert plan.digest == same.digest and len(plan.digest) == 64
+    assert len({plan.digest, *(other.digest for other in others)}) == 5

@@ -16,8 +16,9 @@ from fxfuse._torch.dynamo import skips
 from fxfuse._torch.modules import PARTS, pre_hooks
 from fxfuse.backend.frontend import own_code
 from fxfuse.backend.options import Compiler, Options
+from fxfuse.model import healed
 from fxfuse.model.force import Watch, watch_of, without_watches
-from fxfuse.model.pruning import prune_until
+from fxfuse.model.pruning import dropped_in, linear_in, prune_until
 from fxfuse.plan import Plan
 
 
@@ -34,6 +35,9 @@ def apply(
     compiled can be pickled: apply the plan again to what was loaded. Groups hold where the model itself is called; what
     would run its code without them (``torch.export``, a call of a part of it) raises :class:`PlanError`.
 
+    ``save_pretrained`` of a Hugging Face model writes the plan to config.json, and ``fxfuse.data.loading.load`` of that
+    folder returns it: what was dropped has no weights to load.
+
     Args:
         model: any module; its class, its ``state_dict`` keys and its methods stay.
         plan: the plan, or the path of one.
@@ -43,13 +47,15 @@ def apply(
         options: other options of the backend, see :class:`fxfuse.backend.options.Options`.
 
     Raises:
-        PlanError, OptionError: the plan or an option is not valid, or a pruned module is no branch.
+        PlanError, OptionError: the plan or an option is not valid, a pruned module is no branch, or the model was
+            healed for another plan.
         PruneError: a dropped branch, or an attention made linear, cannot leave the model. After any of these the model
             is as it was.
     """
     given: dict[str, object] = {"plan": plan, "inner": inner, **options}
     chosen = Options.parse(given)
     given["plan"], edits = chosen.plan, chosen.edits  # a file that changes later must not part pruning from compiling
+    healed.check(model, edits)
     leaving = Plan(drop=_modules(edits.drop), linear=_modules(edits.linear))
     with ExitStack() as undo:
         if isinstance(example, Mapping):
@@ -64,6 +70,9 @@ def apply(
         if edits.parallel or (edits.drop, edits.linear) != (leaving.drop, leaving.linear):
             Watch(edits).put(model)
         _compile(model, given, edits)
+        gone = {"drop": dropped_in(model), "linear": linear_in(model)}
+        held = {"drop": edits.drop, "linear": edits.linear}
+        healed.keep(model, edits.model_copy(update={k: tuple(dict.fromkeys((*held[k], *gone[k]))) for k in held}))
         undo.pop_all()
     return model
 

@@ -27,6 +27,7 @@ from fxfuse.cpu import with_linear_maps
 from fxfuse.cpu.prepack import Prepack
 from fxfuse.errors import OptionError, PlanError
 from fxfuse.graph.surgery import transaction
+from fxfuse.model import healed
 from fxfuse.model.force import told
 from fxfuse.packing.calls import PackedCall
 from fxfuse.packing.recipe import Recipe, extract
@@ -50,7 +51,7 @@ def ffnfuse(
 
     Raises:
         OptionError: an unknown option or a bad value.
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or the model was healed for another.
         VerifyError: under the option ``verify``, a fusion that is not what it replaces.
     """
     if (options or {}).get("plan") is not None:
@@ -58,6 +59,8 @@ def ffnfuse(
     chosen = Options.parse(options or {})
     _remember(chosen)
     root = compiled_root()
+    if root is not None:
+        healed.check(root, chosen.edits)
     plan = for_root(chosen.edits, root)
     captured = take(gm, example_inputs, root, alone=bool(plan))
     gm, names = captured.gm, captured.names

@@ -17,6 +17,7 @@ from fxfuse.cli.shared import (
     app,
     known_backend,
     load,
+    plan_for,
     read_plan,
     writable_folder,
 )
@@ -55,6 +56,7 @@ def explain(
     if trace is not None:
         writable_folder(trace, "versions.txt")
     loaded = load(model, dtype, text, length, batch)
+    chosen = plan_for(loaded, chosen)
     if trace is not None:
         files = write_trace(loaded.model, trace, *loaded.args, plan=chosen, **loaded.kwargs)
         typer.echo(f"{trace}: {', '.join(files)}", err=True)
@@ -97,6 +99,7 @@ def bench(
 
     chosen, compiler = read_plan(plan), known_backend(inner)
     loaded = load(model, dtype, None, length, batch)
+    chosen = plan_for(loaded, chosen)
     phases = {"prefill": loaded, "decode": loaded.with_tokens(length=1)} if loaded.reads_tokens else {"call": loaded}
     machine = timing.Machine.here()
     comparisons = [

@@ -1,9 +1,9 @@
-"""``fxfuse record``, ``plan``, ``eval`` and ``demo``: from a model to a plan that was measured."""
+"""``fxfuse record``, ``plan`` and ``demo``: from a model to a plan that was measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,24 +13,18 @@ from fxfuse.cli.shared import (
     Json,
     LanguageModel,
     PlanFile,
+    Sequence,
+    Text,
+    Tokens,
     app,
+    batches,
+    load_unplanned,
     load_with_tokenizer,
+    plan_for,
     read_plan,
     writable,
     writable_folder,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from fxfuse.data.loading import Loaded
-    from fxfuse.data.text import Use
-
-Text = Annotated[
-    Path | None, typer.Option("--text", metavar="FILE", help="a text, UTF-8; by default Python's own documentation")
-]
-Sequence = Annotated[int, typer.Option("--length", min=2, help="tokens in a sequence")]
-Tokens = Annotated[int, typer.Option(min=1, help="tokens in all")]
 
 
 @app.command()
@@ -64,8 +58,8 @@ def record(
     chosen, loaded = read_plan(plan), load_with_tokenizer(model, dtype)
     recording = fxfuse.record(
         loaded.model,
-        _batches(loaded, text, "record", length, tokens, batch or 1),
-        chosen,
+        batches(loaded, text, "record", length, tokens, batch or 1),
+        plan_for(loaded, chosen),
         max_tokens=tokens,
         max_group=max_group,
         resume=partial,
@@ -122,9 +116,9 @@ def plan(
     if model is None:
         decisions = decide(recorded, choices)
     else:
-        loaded = load_with_tokenizer(model, dtype)
-        batches = list(_batches(loaded, text, "plan", length, tokens, 1))
-        decisions = decide(recorded, choices, loaded.model, batches, progress=not json)
+        loaded = load_unplanned(model, dtype)
+        read = list(batches(loaded, text, "plan", length, tokens, 1))
+        decisions = decide(recorded, choices, loaded.model, read, progress=not json)
     made = plan_of(recorded, decisions)
     made.save(output)
     if json:
@@ -133,36 +127,6 @@ def plan(
     for decision in decisions:
         typer.echo(decision)
     typer.echo(f"{len(made.drop)} dropped, {len(made.parallel)} groups, written to {output}")
-
-
-@app.command(name="eval")
-def evaluate(
-    model: LanguageModel,
-    plan: PlanFile = None,
-    text: Text = None,
-    length: Sequence = 256,
-    tokens: Tokens = 8192,
-    batch: Batch = 1,
-    dtype: CastTo = None,
-    json: Json = False,
-) -> None:
-    """Perplexity of a model on a text; with a plan, of the planned model, and how far it is from the original.
-
-    [bold]Examples[/bold]
-      fxfuse eval smollm2
-      fxfuse eval smollm2 --plan plan.json --text corpus.txt --tokens 20000
-    """
-    import copy
-
-    import fxfuse
-
-    chosen, loaded = read_plan(plan), load_with_tokenizer(model, dtype)
-    planned, reference = loaded.model, None
-    if chosen is not None:
-        planned, reference = fxfuse.apply(copy.deepcopy(loaded.model), chosen, inner="eager"), loaded.model
-    batches = _batches(loaded, text, "hold out", length, tokens, batch or 1)
-    metrics = fxfuse.evaluate(planned, batches, reference, max_tokens=tokens, progress=not json)
-    typer.echo(metrics.to_json() if json else str(metrics))
 
 
 @app.command()
@@ -187,7 +151,7 @@ def demo(
     from fxfuse.cli.demo import Sizes, run
 
     writable_folder(output, "recording.safetensors", "plan.json", "heatmap.png")
-    loaded = load_with_tokenizer(model, dtype)
+    loaded = load_unplanned(model, dtype)
     result = run(loaded, output, max_kl, Sizes(), Console(stderr=json))
     if json:
         typer.echo(result.to_json())
@@ -196,11 +160,3 @@ def demo(
             "fxfuse: the latencies are void: two copies of one program differ; try on a quieter machine", err=True
         )
         raise typer.Exit(1)
-
-
-def _batches(
-    loaded: Loaded, text: Path | None, use: Use, length: int, tokens: int, batch: int
-) -> Iterator[dict[str, object]]:
-    from fxfuse.data.text import batches_of, python_documentation, read_text
-
-    return batches_of(loaded, python_documentation(use) if text is None else read_text(text), length, tokens, batch)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fxfuse.data.loading import Loaded
+    from fxfuse.data.text import Use
     from fxfuse.plan import Plan
 
 app = typer.Typer(
@@ -51,6 +54,11 @@ LanguageModel = Annotated[
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="a plan, as Plan.save writes it")]
+Text = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="a text, UTF-8; by default Python's own documentation")
+]
+Sequence = Annotated[int, typer.Option("--length", min=2, help="tokens in a sequence")]
+Tokens = Annotated[int, typer.Option(min=1, help="tokens in all")]
 Length = Annotated[int | None, typer.Option(min=1, help="tokens in the sequence")]
 Batch = Annotated[int | None, typer.Option(min=1, help="sequences in the batch")]
 CastTo = Annotated[DType | None, typer.Option("--dtype", help="cast the model to this first")]
@@ -79,6 +87,38 @@ def load_with_tokenizer(model: str, dtype: DType | None) -> Loaded:
             "one, or a GGUF file; or call fxfuse's Python functions, which take batches of your own"
         )
     return loaded
+
+
+def load_unplanned(model: str, dtype: DType | None) -> Loaded:
+    """Load a model that a plan is to be found for."""
+    from fxfuse.errors import PlanError
+
+    loaded = load_with_tokenizer(model, dtype)
+    if loaded.plan is not None:
+        raise PlanError(f"{model} was healed for a plan, or saved with one applied: give the original model")
+    return loaded
+
+
+def plan_for(loaded: Loaded, given: Plan | None) -> Plan | None:
+    """The plan that a model is to run under: the one given, else the one that lies beside its weights, if any does."""
+    from fxfuse.errors import PlanError
+    from fxfuse.model.healed import check
+
+    own = loaded.plan
+    if given is None or own is None:
+        return own if given is None else given
+    check(loaded.model, given)
+    if missing := [name for name in own.drop if name not in given.drop]:
+        raise PlanError(f"the model was saved without {missing[0]!r}, ..., so it runs only under plans that drop it")
+    return given
+
+
+def batches(
+    loaded: Loaded, text: Path | None, use: Use, length: int, tokens: int, batch: int
+) -> Iterator[dict[str, object]]:
+    from fxfuse.data.text import batches_of, python_documentation, read_text
+
+    return batches_of(loaded, python_documentation(use) if text is None else read_text(text), length, tokens, batch)
 
 
 def writable(output: Path, *inputs: Path | None) -> None:

@@ -21,6 +21,8 @@ from torch import nn
 
 from fxfuse._torch.pytree import tree_map_only
 from fxfuse.errors import FxfuseError, LoadError, MissingDependencyError
+from fxfuse.model import healed
+from fxfuse.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,12 +51,25 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode and an example call of it: ``loaded.model(*loaded.args, **loaded.kwargs)``."""
+    """A model in eval mode and an example call of it: ``loaded.model(*loaded.args, **loaded.kwargs)``.
+
+    Under ``loaded.plan``, if there is one: the model was healed for it, or saved with it applied, and is damaged
+    without. It is not applied yet; ``fxfuse.apply(loaded.model, loaded.plan)`` does that.
+    """
 
     model: nn.Module
     tokenizer: Tokenizer | None = None
     args: tuple[object, ...] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that the model needs; see :mod:`fxfuse.model.healed`.
+
+        Raises:
+            PlanError: the model is marked with something that is no plan.
+        """
+        return healed.kept(self.model)
 
     @property
     def reads_tokens(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeAlias
 
@@ -21,6 +21,8 @@ from fxfuse._common.bounds import check_count
 from fxfuse._common.progress import bar
 from fxfuse.data.batches import Batch, Model, call, check_batch, eval_mode, fresh, logits_of
 from fxfuse.errors import NotFiniteError, OptionError, RecordError
+from fxfuse.measure.tasks import harness
+from fxfuse.measure.tasks.scores import TaskScore, table
 
 Interval: TypeAlias = tuple[float, float]
 
@@ -44,6 +46,8 @@ class Metrics:
         perplexity_interval, kl_interval, agreement_interval: for the mean over all text like this, at ``confidence``;
             (nan, nan) for fewer than two sequences.
         confidence: of the intervals.
+        tasks: the model's scores, if tasks were asked for.
+        reference_tasks: the reference's.
     """
 
     tokens: int
@@ -55,6 +59,8 @@ class Metrics:
     agreement: float | None = None
     agreement_interval: Interval | None = None
     confidence: float = 0.95
+    tasks: tuple[TaskScore, ...] = ()
+    reference_tasks: tuple[TaskScore, ...] = ()
 
     def __str__(self) -> str:
         rows = [
@@ -66,12 +72,18 @@ class Metrics:
         for name, mean, interval in rows:
             if mean is not None and interval is not None:
                 lines.append(f"{name:31}  {mean:9.4g}  {f'{interval[0]:.4g} .. {interval[1]:.4g}':>24}")
-        return "\n".join([*lines, f"{self.tokens:,} tokens of {self.sequences:,} sequences"])
+        lines.append(f"{self.tokens:,} tokens of {self.sequences:,} sequences")
+        if self.tasks:
+            models = {"reference": self.reference_tasks} if self.reference_tasks else {}
+            lines += ["", table({**models, "model": self.tasks}, self.confidence)]
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         """The attributes as a JSON object; numbers that are not finite, which JSON cannot write, are null."""
 
         def finite(value: object) -> object:
+            if isinstance(value, dict):
+                return {key: finite(each) for key, each in value.items()}
             if isinstance(value, tuple):
                 return [finite(each) for each in value]
             return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -87,6 +99,9 @@ def evaluate(
     max_tokens: int | None = None,
     progress: bool = False,
     confidence: float = 0.95,
+    tasks: Sequence[str] = (),
+    tokenizer: object = None,
+    task_limit: int | None = None,
 ) -> Metrics:
     """Perplexity of ``model`` and, with a ``reference``, how far it is from that.
 
@@ -105,6 +120,10 @@ def evaluate(
         max_tokens: count no more predicted tokens than this.
         progress: show on stderr how far it is, as a bar or, without a terminal, in lines.
         confidence: of the intervals, between 0 and 1.
+        tasks: also run these tasks, by lm_eval (the extra ``eval``), on the model and on the reference; "all" for those
+            that ship with fxfuse. See :func:`fxfuse.measure.tasks.harness.score`, which this calls, and what it raises.
+        tokenizer: for the tasks.
+        task_limit: put no more documents than this of each task to a model.
 
     The means are ratios of two sums over sequences, of scores and of tokens. Their variance is that of the ratio
     estimator (delta method) with sequences as the independent units, their interval Student's with one degree of
@@ -122,6 +141,8 @@ def evaluate(
     if not 0 < confidence < 1:
         raise OptionError(f"confidence lies between 0 and 1 (0.95, say), not at {confidence}")
     models = [model] if reference is None else [model, reference]
+    for each in models if tasks else []:
+        harness.check(each, tokenizer, tasks, task_limit)
     sums: list[Tensor] = []
     counts: list[Tensor] = []
     counted = 0
@@ -144,7 +165,11 @@ def evaluate(
             "no token was evaluated: there was no batch, or all tokens are masked, or every sequence has just one. "
             "Give at least one batch of sequences of two tokens"
         )
-    return _metrics(torch.cat(sums), torch.cat(counts), confidence)
+    found = _metrics(torch.cat(sums), torch.cat(counts), confidence)
+    if not tasks:
+        return found
+    scores = [harness.score(each, tokenizer, tasks, limit=task_limit, progress=progress) for each in models]
+    return replace(found, tasks=scores[0], reference_tasks=scores[1] if len(scores) > 1 else ())
 
 
 def _targets(number: int, batch: Batch, limit: int | None) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from fxfuse._torch.dynamo import is_off, raising
 from fxfuse._torch.pytree import tree_leaves
 from fxfuse.errors import FxfuseError, PlanError, PruneError, nearest
+from fxfuse.model import healed
 from fxfuse.model.learning import Example, blaming, call, learn, trial
 from fxfuse.model.stand_ins import (
     Dropped,
@@ -39,6 +40,16 @@ APART: Any = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.sig
 """For torch.compile: graphs of our own neither serve the model's other compilations nor count towards their limit."""
 
 
+def dropped_in(model: nn.Module) -> tuple[str, ...]:
+    """The names of the modules of ``model`` whose contribution :func:`prune` took away."""
+    return tuple(name for name, module in model.named_modules() if is_dropped(module))
+
+
+def linear_in(model: nn.Module) -> tuple[str, ...]:
+    """The names of the modules of ``model`` that :func:`prune` made linear."""
+    return tuple(name for name, module in model.named_modules() if is_linear(module))
+
+
 def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.Module:
     """Take out of ``model`` what ``plan`` drops, and what its linear branches no longer need, in place; returns it.
 
@@ -55,11 +66,15 @@ def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.M
     Raises:
         PruneError: a name is no module, a module is not called exactly once, returns nothing like its input, or what is
             put in its place is not what the plan says.
-        PlanError: a name is a module, but no branch of the stream; or one to be made linear is no attention.
+        PlanError: a name is a module, but no branch of the stream; or one to be made linear is no attention; or
+            the model was healed for another plan.
     """
+    healed.check(model, plan)
     with ExitStack() as undo:
         prune_until(undo, model, plan, args, kwargs)
         undo.pop_all()
+    edits = {"drop": dropped_in(model), "linear": linear_in(model), "parallel": ()}
+    healed.keep(model, plan.model_copy(update=edits))
     return model
 
 
@@ -191,7 +206,7 @@ def _compiled(model: nn.Module, plan: Plan, inner: object, example: Example) -> 
             "tell what the model computes under this plan; switch it on"
         )
     options: Any = {"plan": plan, "inner": inner, "strict": True}  # torch hands on what its annotation forbids
-    with trial(model), blaming("the model, compiled with the plan,"), raising(FxfuseError):
+    with trial(model), healed.unchecked(), blaming("the model, compiled with the plan,"), raising(FxfuseError):
         return torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1])
 
 

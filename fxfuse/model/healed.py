@@ -1,0 +1,183 @@
+"""Healed weights serve one plan: a mark on the model says which, and whoever runs it without that plan is told.
+
+The mark is the plan itself, so wherever the mark is, nothing is missing. On a model of Hugging Face it is an entry of
+its config: ``save_pretrained`` writes that to config.json and ``from_pretrained`` reads it back, for every
+architecture, while a buffer would be dropped as unexpected on loading, and be in the way of other readers of the
+weights. A home-made model has no such config: there it is a buffer, which goes wherever ``state_dict`` goes, and which
+``load_state_dict`` into an unmarked model refuses by its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse._torch.compiled import original
+from fxfuse.errors import PlanError
+from fxfuse.graph.values import unwrapped
+from fxfuse.plan import Plan
+
+ENTRY = "fxfuse"
+"""The entry of a config: ``{"plan": ..., "healed": ...}``."""
+
+BUFFER = "fxfuse_healed_for"
+"""The buffer of a module without a config: the plan's JSON, uint8."""
+
+_Entry: TypeAlias = Mapping[str, object]
+
+
+@runtime_checkable
+class _Config(Protocol):
+    """What a Hugging Face config can do, and nothing else that modules call ``config``."""
+
+    def save_pretrained(self, folder: str) -> None: ...
+    def to_dict(self) -> dict[str, object]: ...
+
+
+def mark_healed(model: nn.Module, plan: Plan) -> None:
+    """Say that the weights of ``model`` were changed to serve ``plan``; in place.
+
+    Raises:
+        PlanError: the plan is empty, or the model is healed for another plan.
+    """
+    if not plan:
+        raise PlanError("an empty plan changes nothing, so no weights were healed for it")
+    check(model, plan)
+    if _config(model) is not None:
+        _write(model, plan, healed=True)
+    else:
+        text = torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
+        _bare(model).register_buffer(BUFFER, text)
+
+
+def healed_for(model: nn.Module | Mapping[str, Tensor]) -> Plan | None:
+    """The plan that the weights of a model, or of a ``state_dict``, were healed for; None if they were not.
+
+    Raises:
+        PlanError: there is a mark that is no plan.
+    """
+    if isinstance(model, nn.Module):
+        entry = _read(model)
+        if entry is not None and entry.get("healed") is True:
+            return _plan_in(entry)
+        buffer: object = getattr(_bare(model), BUFFER, None)
+    else:
+        buffer = model.get(BUFFER)
+    if not isinstance(buffer, Tensor):
+        return None
+    return Plan.from_json(bytes(buffer.tolist()).decode(errors="replace"), source=f"the buffer {BUFFER}")
+
+
+def keep(model: nn.Module, plan: Plan) -> None:
+    """Let ``save_pretrained`` write a plan that was applied, of which a loader can tell; in place.
+
+    A plan that drops has taken weights out of the model, and a loader would find none to put there. What is healed
+    stays so. A model without a Hugging Face config keeps nothing: there is nothing that ``fxfuse`` could write it to.
+    """
+    if _config(model) is not None and healed_for(model) is None and (plan or _read(model) is not None):
+        _write(model, plan, healed=False)
+
+
+def kept(model: nn.Module) -> Plan | None:
+    """The plan that a model was healed for, or that was applied to it when it was saved; None if there is none.
+
+    Raises:
+        PlanError: there is a mark that is no plan.
+    """
+    entry = _read(model)
+    return healed_for(model) if entry is None else _plan_in(entry)
+
+
+def check(model: nn.Module, plan: Plan) -> None:
+    """See that a model which was healed runs under its plan.
+
+    ``plan`` may name branches from further out or further in than the mark does, as parts and wrappers of a model do.
+
+    Raises:
+        PlanError: it was healed for another plan; the message says which.
+    """
+    if _unchecked.get() or (healed := healed_for(model)) is None or _same(plan, healed):
+        return
+    given = f"and is given another ({_short(plan)})" if plan else "and is given none"
+    raise PlanError(
+        f"this model was healed for a plan ({_short(healed)}) {given}: its weights are damaged without the plan that "
+        "they were healed for. Give that plan (fxfuse.model.healed.healed_for(model) returns it), or load the weights "
+        "as they were before"
+    )
+
+
+_unchecked: ContextVar[bool] = ContextVar("unchecked", default=False)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """For our own calls of a model under a part of its plan."""
+    token = _unchecked.set(True)
+    try:
+        yield
+    finally:
+        _unchecked.reset(token)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return unwrapped(original(model))
+
+
+def _config(model: nn.Module) -> _Config | None:
+    config: object = getattr(_bare(model), "config", None)
+    return config if isinstance(config, _Config) and not isinstance(config, type) else None
+
+
+def _read(model: nn.Module) -> _Entry | None:
+    entry: object = getattr(_config(model), ENTRY, None)
+    return entry if isinstance(entry, Mapping) else None
+
+
+def _write(model: nn.Module, plan: Plan, healed: bool) -> None:
+    """Give the model, and the parts that share its config, a config of their own: other models may share it too."""
+    old = _config(model)
+    new = copy.copy(old)
+    if plan:
+        setattr(new, ENTRY, {"plan": json.loads(plan.model_copy(update={"why": ()}).to_json()), "healed": healed})
+    else:
+        vars(new).pop(ENTRY, None)
+    for module in _bare(model).modules():
+        if vars(module).get("config") is old:
+            module.config = new  # type: ignore[assignment]  # torch types the attributes of modules as tensors
+
+
+def _plan_in(entry: _Entry) -> Plan:
+    return Plan.from_json(json.dumps(entry.get("plan")), source=f"the entry {ENTRY!r} of the model's config")
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    """Whether two plans are the same edits, but for a prefix of all names of one of them."""
+    if one.digest == other.digest:
+        return True
+    if not one or not other:
+        return False
+    shorter, longer = sorted((one, other), key=lambda plan: min(map(len, plan.names)))
+    names, full = sorted(shorter.names), sorted(longer.names)
+    prefix = full[0].removesuffix(names[0])
+    return prefix.endswith(".") and _prefixed(shorter, prefix).digest == longer.digest
+
+
+def _prefixed(plan: Plan, prefix: str) -> Plan:
+    def named(entry: object) -> object:
+        if isinstance(entry, str):
+            return prefix + entry
+        return tuple(map(named, entry)) if isinstance(entry, tuple) else entry
+
+    return Plan(**{kind: named(entries) for kind, entries in plan.model_dump(exclude={"why"}).items()})
+
+
+def _short(plan: Plan) -> str:
+    """As in ``3f2a9c01: 6 dropped, 2 groups, of 'model.layers.5.self_attn', ...``."""
+    return f"{plan.digest[:8]}: {len(plan.drop)} dropped, {len(plan.parallel)} groups, of {plan.names[0]!r}, ..."

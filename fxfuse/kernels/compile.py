@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import CompiledKernel
 
 from fxfuse.errors import KernelError
 from fxfuse.kernels.launches import Launch
@@ -56,12 +57,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     Raises:
         KernelError: the process interprets its kernels, or the assembler refused what Triton made.
     """
-    if triton.knobs.runtime.interpret:
-        raise KernelError("kernels are interpreted in this process (TRITON_INTERPRET=1); compile them in another")
-    with _target(capability):
-        kernel = launch.kernel.warmup(
-            **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
-        )
+    kernel = warm(launch, capability)
     ptx = str(kernel.asm["ptx"])
     report = _assemble(ptx, capability)
     return Compiled(
@@ -73,6 +69,20 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         instructions={name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
         ptx=ptx,
     )
+
+
+def warm(launch: Launch, capability: int) -> CompiledKernel:
+    """Let Triton compile a launch for sm_``capability``, and keep the result on disk: a GPU then finds it there.
+
+    Raises:
+        KernelError: the process interprets its kernels.
+    """
+    if triton.knobs.runtime.interpret:
+        raise KernelError("kernels are interpreted in this process (TRITON_INTERPRET=1); compile them in another")
+    with _target(capability):
+        return launch.kernel.warmup(
+            **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
+        )
 
 
 class _NoDevice:

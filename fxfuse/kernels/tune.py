@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from fxfuse.errors import KernelError
 from fxfuse.hardware.configs import COUNTERS, LOOP_ROWS, Config, Gemm, candidates
 from fxfuse.hardware.gpus import Gpu
 from fxfuse.hardware.pick import pick, splits
-from fxfuse.kernels import down, gate_up
+from fxfuse.kernels import clock, down, gate_up
 from fxfuse.kernels.calls import Down, GateUp
 
 Measure = Callable[[Config], float]
@@ -66,32 +67,38 @@ def options(gemm: Gemm, gpu: Gpu) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def stopwatch(gemm: Gemm, device: torch.device) -> Measure:
-    """A `Measure` on a CUDA device, for random tensors of this shape: the median, with a cold L2 cache.
+def stopwatch(gemm: Gemm, device: torch.device, replays: int = 20) -> Measure:
+    """A `Measure` on a CUDA device, for random tensors of this shape: the median of some replays, with a cold L2 cache.
 
     What is measured is what `launch` launches: large tiles are given the norm's factors, small ones take them along.
+    Counters are zeroed once a replay, since kernel 1 zeroes them for nothing.
     """
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=gemm.dtype, device=device).div_(gemm.K**0.5)
 
-    inputs, out = random(gemm.M, gemm.K), random(gemm.M, gemm.N)
-    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    if gemm.kernel == "gate_up":
-        small = GateUp(inputs, random(2, gemm.N, gemm.K), eps=1e-6)
-        large = replace(small, eps=None, rstd=torch.ones(gemm.M, device=device))
+    projections = (2,) if gemm.kernel == "gate_up" else ()
+    size = math.prod(projections) * gemm.N * gemm.K * gemm.dtype.itemsize
+    weights = [random(*projections, gemm.N, gemm.K) for _ in range(clock.copies(size, device))]
+    inputs, out, factors = random(gemm.M, gemm.K), random(gemm.M, gemm.N), torch.ones(gemm.M, device=device)
+    residual = random(gemm.M, gemm.N)
+    counters = torch.zeros(max(clock.CALLS, len(weights)), COUNTERS, dtype=torch.int32, device=device)
 
-        def gate_up_once(config: Config) -> None:
-            gate_up.launch(small if config.rows <= LOOP_ROWS else large, config, out, counters).run()
+    def once(config: Config, index: int) -> None:
+        own, weight = counters[index], weights[index % len(weights)]
+        if gemm.kernel == "gate_up":
+            norm = {"eps": 1e-6} if config.rows <= LOOP_ROWS else {"rstd": factors}
+            gate_up.launch(GateUp(inputs, weight, **norm), config, out, own).run()
+            return
+        if index == 0 and config.split > 1:
+            counters.zero_()
+        down.launch(Down(inputs, weight, residual), config, out, own).run()
 
-        return lambda config: _seconds(lambda: gate_up_once(config))
-    second = Down(inputs, random(gemm.N, gemm.K), residual=random(gemm.M, gemm.N))
+    def measure(config: Config) -> float:
+        calls = [partial(once, config, index) for index in range(len(counters))]
+        return clock.seconds(calls, device, replays=replays)
 
-    def down_once(config: Config) -> None:
-        counters.zero_()  # as kernel 1 does
-        down.launch(second, config, out, counters).run()
-
-    return lambda config: _seconds(lambda: down_once(config))
+    return measure
 
 
 def cache_file(gpu: Gpu) -> Path:
@@ -107,10 +114,6 @@ def source_hash() -> str:
     """Of the Triton code: another source is another kernel."""
     files = (Path(__file__).with_name(f"{name}.py") for name in ("tiles", "gate_up", "down", "rstd"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    return float(triton.testing.do_bench(run, return_mode="median")) / 1e3
 
 
 _picked = lru_cache(maxsize=4096)(pick)

@@ -19,6 +19,7 @@ from torch import nn
 from fxfuse._torch.compiled import COMPILED_CALL, set_compiled_call
 from fxfuse._torch.dynamo import GuardFilterEntry, Unsupported, get_eval_frame_callback, skip
 from fxfuse._torch.modules import holds_weights, parts, pre_hooks, set_parts
+from fxfuse._torch.pytree import constant_in_graphs
 from fxfuse._torch.tracing import chosen_backend, traced_with
 from fxfuse.errors import PlanError
 from fxfuse.graph.values import clean, unwrapped
@@ -84,6 +85,7 @@ class _Watched(dict[str, nn.Module | None]):
     """
 
 
+@constant_in_graphs
 class Watch:
     """Sees to it that ``plan`` is in force wherever the code that it regroups runs.
 
@@ -92,6 +94,11 @@ class Watch:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # said here, as `constant_in_graphs` wants it said
+
+    __hash__ = object.__hash__
 
     def put(self, model: nn.Module) -> None:
         """Watch the modules of ``model`` that compute what the plan regroups, and those that hold them.

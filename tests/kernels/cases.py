@@ -46,6 +46,9 @@ class Case:
     def arguments(self) -> tuple[Tensor | float | str | None, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
+    def to(self, device: torch.device) -> Case:
+        return Case(*(each.to(device) if isinstance(each, Tensor) else each for each in self.arguments))
+
 
 FEW = 8
 """So many tokens are judged together, at least: the error of a handful of numbers is luck, plain torch's too."""

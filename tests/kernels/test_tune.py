@@ -115,12 +115,11 @@ def test_what_is_measured_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -
         return Launched()
 
     monkeypatch.setattr(gate_up, "launch", launch)
-    monkeypatch.setattr(tune, "_seconds", lambda run: run())
     measure = tune.stopwatch(Gemm("gate_up", 5, 32, 16, torch.bfloat16), torch.device("cpu"))
     configs = [row.config for row in TABLE if row.kernel == "gate_up"]
     for config in configs:
         measure(config)
-    assert taken == [config.rows <= LOOP_ROWS for config in configs]
+    assert taken[:: len(taken) // len(configs)] == [config.rows <= LOOP_ROWS for config in configs]
 
 
 def test_a_damaged_file_says_what_to_do() -> None:

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from fxfuse._torch.fake import FakeTensor, FakeTensorMode
+from fxfuse._torch.fake import FakeTensor, FakeTensorMode, computing_sizes
 from fxfuse.errors import CaptureError, OptionError
 from fxfuse.graph.ops import is_impure
 from fxfuse.graph.values import value
@@ -39,7 +39,7 @@ def record_sizes(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
         return False
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     try:
-        with torch.no_grad():
+        with computing_sizes(mode):
             FakeTensorProp(gm, mode).propagate(*inputs)
     except Exception as error:
         reason = str(error).strip().splitlines()
@@ -54,7 +54,7 @@ def fill_in(gm: fx.GraphModule) -> None:
     if mode is None:
         return
     known: dict[fx.Node, FakeTensor] = {}
-    with mode, torch.no_grad():
+    with computing_sizes(mode):
         for node in gm.graph.nodes:
             sources = node.all_input_nodes
             computed = node.op in ("call_function", "call_method") and not any(key in node.meta for key in _KEYS)

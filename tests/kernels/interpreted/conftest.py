@@ -6,10 +6,11 @@ By hand: ``TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest tests/kern
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
-import torch
-from torch import Tensor
+
+from tests.kernels.poison import poisoned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -23,12 +24,6 @@ if INTERPRETED:
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has written yet holds NaN, or a large integer, and not by luck what is wanted."""
-    stock = Tensor.new_empty
-
-    def new_empty(self: Tensor, *size: object, **options: object) -> Tensor:
-        empty = stock(self, *size, **options)
-        return empty.fill_(float("nan") if empty.is_floating_point() else torch.iinfo(empty.dtype).max // 3)
-
-    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+def poison() -> Iterator[None]:
+    with poisoned():
+        yield

@@ -100,8 +100,6 @@ def main() -> None:
         "docstrings": batches(docstrings(), arguments.tokens),
         "own": written_by(model, arguments.tokens, length, progress=True),
     }
-    own = [{"input_ids": row, "use_cache": False} for batch in texts["own"] for row in batch["input_ids"].split(2)]  # type: ignore[attr-defined]
-    texts["own"] = own
     recording = fxfuse.record(model, batches(python_documentation("plan"), 2048), max_group=0, progress=True)
     rows: list[dict[str, Any]] = []
     numbers = [[int(each) for each in text.split(",")] for text in (arguments.drops, arguments.groups)]

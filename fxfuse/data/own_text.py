@@ -17,7 +17,13 @@ SELF = "self"
 
 
 def written_by(
-    model: nn.Module, tokens: int, length: int = 256, batch: int = 16, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    tokens: int,
+    length: int = 256,
+    batch: int = 16,
+    rows: int = 2,
+    seed: int = 0,
+    progress: bool = False,
 ) -> list[Batch]:
     """Sequences sampled from ``model`` at temperature 1, each begun with a token drawn from the whole vocabulary.
 
@@ -29,30 +35,30 @@ def written_by(
         tokens: how many at least, the first of each sequence included.
         length: tokens in a sequence.
         batch: sequences that are written at a time.
+        rows: sequences in a batch that is returned; the last one may be smaller.
         seed: of the draws; the same one writes the same text. The global generators stay as they are.
         progress: show on stderr how far it is.
 
     Returns:
-        Batches ``{"input_ids": [batch, length]}``; for a model that takes a KV cache, with ``"use_cache": False``.
+        Batches ``{"input_ids": [rows, length]}``; for a model that takes a KV cache, with ``"use_cache": False``.
 
     Raises:
         RecordError: the model cannot be called with ``input_ids``, or returns no logits.
         OptionError: a size out of range.
     """
-    for name, size in (("tokens", tokens), ("length", length), ("batch", batch)):
+    for name, size in (("tokens", tokens), ("length", length), ("batch", batch), ("rows", rows)):
         check_count(name, size)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    made: list[Batch] = []
+    made: list[Tensor] = []
     with torch.random.fork_rng(devices), eval_mode(model), bar("writing", "tokens", tokens, progress) as advance:
         torch.manual_seed(seed)
         written = 0
         while written < tokens:
-            rows = min(batch, -(-(tokens - written) // length))
-            ids = _write(model, rows, length)
-            made.append({"input_ids": ids, "use_cache": False} if _caches(model) else {"input_ids": ids})
-            written += ids.numel()
-            advance(ids.numel())
-    return made
+            made.append(_write(model, min(batch, -(-(tokens - written) // length)), length))
+            written += made[-1].numel()
+            advance(made[-1].numel())
+    more: dict[str, object] = {"use_cache": False} if _caches(model) else {}
+    return [{"input_ids": part, **more} for part in torch.split(torch.cat(made), rows)]
 
 
 def _write(model: nn.Module, rows: int, length: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -30,6 +31,7 @@ from fxfuse.healing.text import Kind, Text, kinds
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.measure.planned import Planned
 from fxfuse.model.force import uncompiled
+from fxfuse.model.healed import healed_for, mark_healed
 from fxfuse.plan import Plan
 
 Method: TypeAlias = Literal["fit", "local"]
@@ -84,6 +86,10 @@ class Healing:
         lines.append(f"{self.tokens[0]:,} tokens fitted to, {self.tokens[1]:,} held out, {self.seconds:.0f} s")
         return "\n".join(lines)
 
+    def to_json(self) -> str:
+        """The attributes as a JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
 
 @torch.no_grad()
 def heal(
@@ -102,7 +108,8 @@ def heal(
 
     Parameters keep their names, shapes and dtypes. Nothing is written into them before all is done, and nothing at all
     unless the planned model comes nearer to the original on every kind of text that was held out. From then on the
-    model is meant to be run under the plan, and is damaged without it.
+    model is damaged without the plan. It carries it (:mod:`fxfuse.model.healed`): under no plan, or another, it is
+    refused.
 
     ``"fit"`` needs no gradients: front to back, each linear map by which a branch writes to the residual stream (down
     and output projections, with their biases) is refitted by ridge regression, so that the stream of the planned model
@@ -139,6 +146,8 @@ def heal(
     own = original(model)
     methods = _checked(chosen, method)
     check_count("block", block)
+    if healed_for(own) is not None:
+        raise HealError("the model was healed already, so it is no longer the original: load that again")
     text = kinds(batches, held_out, lambda: written_by(own, OWN_TOKENS, progress=progress))
     improves: dict[str, Improve] = {
         "fit": partial(fit_step, block=block),
@@ -157,6 +166,8 @@ def heal(
     mixed = {name: _mixed(own.get_parameter(name), new, share) for name, new in weights.items()}
     for name, new in mixed.items():
         own.get_parameter(name).copy_(new)
+    if share:
+        mark_healed(own, chosen)
     return Healing(tuple(outcomes), kl, share, outcomes[0].tokens, time.monotonic() - started)
 
 

@@ -17,6 +17,7 @@ from fxfuse.errors import HealError, NotFiniteError, OptionError, RecordError
 from fxfuse.healing import fit as fitting
 from fxfuse.healing.local import Training
 from fxfuse.measure.evaluation import Metrics
+from fxfuse.model.healed import healed_for
 from tests.models.tiny import llama, planned, redraw, tokens
 
 DROP = Plan(drop=["model.layers.1.self_attn"])
@@ -96,7 +97,7 @@ def test_text_of_its_own_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     healing = fxfuse.heal(trained(), DROP, {"given": text(), "own": "self"})
 
     assert healing.kl.keys() == {"given", "own"} and healing.share > 0
-    assert healing.tokens == (8 * 48 + 64 * 256, 2 * 48 + 16 * 256)
+    assert healing.tokens == (8 * 48 + 32 * 512, 2 * 48 + 8 * 512)
 
 
 def test_what_it_says_is_what_the_model_does() -> None:
@@ -228,6 +229,18 @@ def test_bad_input_is_named_and_loses_nothing(
     with pytest.raises(error, match=words):
         fxfuse.heal(model, plan, batches, **options)
     assert_same_weights(model, before)
+
+
+def test_a_healed_model_carries_its_plan() -> None:
+    model = trained()
+    fxfuse.heal(model, DROP, text())
+
+    assert healed_for(model) == DROP
+    with pytest.raises(HealError, match="healed already"):
+        fxfuse.heal(model, DROP, text())
+    with pytest.raises(PlanError, match="was healed for a plan"):
+        fxfuse.apply(model, Plan(drop=["model.layers.2.self_attn"]))
+    fxfuse.apply(model, DROP, inner="eager")
 
 
 def test_a_pruned_model_is_refused() -> None:

@@ -204,7 +204,9 @@ def _check_options(
     if top_k is not None and folder is None:
         raise OptionError("top_k needs a folder, to keep there what the teacher says")
     if top_k is not None and cosine:
-        raise OptionError(f"cosine={cosine} needs the teacher's hidden states, which top_k does not keep: leave one out")
+        raise OptionError(
+            f"cosine={cosine} needs the teacher's hidden states, which top_k does not keep: leave one out"
+        )
 
 
 def _stages(

@@ -46,8 +46,8 @@ def targets(batch: Mapping[str, object]) -> Tensor:
         made[:, :-1].masked_fill_(~(seen[:, 1:] & seen[:, :-1]), IGNORED)
     elif mask is not None and labels is None:
         raise HealError(
-            f"attention_mask is not {[*ids.shape]}, so it cannot be told which tokens count; give labels {[*ids.shape]} "
-            f"with {IGNORED} for those that do not"
+            f"attention_mask is not {[*ids.shape]}, so it cannot be told which tokens count; "
+            f"give labels {[*ids.shape]} with {IGNORED} for those that do not"
         )
     return made
 
@@ -91,7 +91,7 @@ def divergence(
         lm: weight of the language model's own loss.
         room: of the shape and dtype of ``logits``, to be overwritten by their gradient: the teacher's logits.
     """
-    total, kl = _Divergence.apply(logits, target, wanted, lm, room)
+    total, kl = _Divergence.apply(logits, target, wanted, lm, room)  # type: ignore[no-untyped-call]
     return total, kl
 
 
@@ -104,7 +104,8 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(logits) if room is None else room
         gradient[wanted == IGNORED] = 0
         kl, nll = (torch.zeros((), dtype=kind, device=logits.device) for _ in range(2))
-        for part in (wanted != IGNORED).nonzero().squeeze(-1).split(max(1, _CHUNK // logits.shape[-1])):
+        counted = (wanted != IGNORED).nonzero().squeeze(-1)
+        for part in torch.split(counted, max(1, _CHUNK // logits.shape[-1])):
             log_q = F.log_softmax(logits[part], -1, dtype=kind)
             log_p = target(part, log_q)
             p, q = log_p.exp(), log_q.exp()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -93,7 +93,7 @@ def look(number: int, stage: Stage) -> Text:
             f"stage {number}: no token counts, in none of the first {len(counts)} batches: all are masked, or every "
             "sequence has just one. Give sequences of at least two tokens"
         )
-    known = len(batches) if hasattr(batches, "__len__") else None
+    known = len(batches) if isinstance(batches, Sized) else None
     return Text(batches, sample[0], sum(counts) / len(counts), known, again)
 
 

@@ -1,4 +1,4 @@
-"""The student: a copy of the model under its plan that owns only what is trained, and shares all else with the model."""
+"""The student: a copy of the model, under its plan, that owns what is trained and shares all else with the model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def with_adapters(student: nn.Module, matrices: Sequence[str], settings: Mapping
 
 def bare(student: nn.Module) -> nn.Module:
     """The model itself, adapters in it, without what peft wraps around it."""
-    return student.get_base_model() if hasattr(student, "get_base_model") else student  # type: ignore[no-any-return, operator]
+    return student.get_base_model() if hasattr(student, "get_base_model") else student  # type: ignore[operator]
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def values_of(student: nn.Module, trained: Collection[str]) -> dict[str, Tensor]
     for path, module in own.named_modules():
         if _ADAPTER in getattr(module, "lora_A", {}):
             weight = module.get_parameter("base_layer.weight")
-            delta: Tensor = module.get_delta_weight(_ADAPTER)  # type: ignore[operator]  # peft types no module
+            delta: Tensor = module.get_delta_weight(_ADAPTER)
             made[f"{path}.weight"] = (weight + delta.to(weight)).detach()
     return made
 

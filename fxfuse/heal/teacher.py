@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxfuse._common.files import write_atomically
-from fxfuse.data.batches import Batch, Model, call, eval_mode, fresh, logits_of
-from fxfuse.errors import HealError, RecordError
+from fxfuse.data.batches import Batch, call, eval_mode, fresh, logits_of
+from fxfuse.errors import HealError
 from fxfuse.measure.resume import digest_batch
 from fxfuse.model.force import uncompiled
 
@@ -89,7 +88,7 @@ def head_of(model: nn.Module, batch: Batch) -> str:
 
         return hook
 
-    handles = [m.register_forward_hook(watch(path)) for path, m in model.named_modules() if path]  # type: ignore[arg-type]
+    handles = [m.register_forward_hook(watch(path)) for path, m in model.named_modules() if path]
     try:
         with eval_mode(model):
             wanted = logits_now(model, 0, batch).shape
@@ -134,7 +133,7 @@ class TopK:
                     write_atomically(self._file(batch), self._asked(model, number, batch))
                 yield number
         except OSError as error:
-            raise HealError(f"the teacher's answers cannot be kept in {str(self.folder)!r}: {error.strerror}") from error
+            raise HealError(f"{str(self.folder)!r} cannot keep what the teacher says: {error.strerror}") from error
 
     def dress(self, batch: Batch) -> Batch:
         """``batch`` with what the teacher said of it: log-probabilities and tokens, ``[batch, length, k]``.

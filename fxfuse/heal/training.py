@@ -142,9 +142,7 @@ def same_run(
             )
 
 
-def ask(
-    model: nn.Module, texts: Sequence[Text], k: int, folder: Path, run: TrainingArguments, progress: bool
-) -> TopK:
+def ask(model: nn.Module, texts: Sequence[Text], k: int, folder: Path, run: TrainingArguments, progress: bool) -> TopK:
     """Let the teacher say what it finds likeliest in all texts, before anything is trained.
 
     Raises:

@@ -205,7 +205,7 @@ class Lesson:
         folder = Path(run.output_dir)
         if keep and (folder / "done.safetensors").exists():
             return self._done(folder / "done.safetensors")
-        last, steps = _last_checkpoint(folder) if keep else (None, 0)
+        last, steps = _last_checkpoint(folder, run.max_steps) if keep else (None, 0)
         total = None if run.max_steps == FOREVER else run.max_steps
         with bar(f"distilling, stage {number}", "steps", total, progress) as advance:
             advance(steps)
@@ -255,15 +255,16 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _last_checkpoint(folder: Path) -> tuple[str | None, int]:
-    """The last checkpoint that was written to its end, and its step: the state of the Trainer comes last."""
-    whole_ones: list[tuple[int, Path]] = []
+def _last_checkpoint(folder: Path, end: int) -> tuple[str | None, int]:
+    """The last checkpoint before the step ``end`` that was written whole, and its step.
+
+    The Trainer's state is what is written last. From the end itself a Trainer would go on, and past it.
+    """
+    found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
         try:
-            whole_ones.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
+            found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
         except (OSError, ValueError, KeyError):
             continue
-    if not whole_ones:
-        return None, 0
-    steps, path = max(whole_ones)
-    return str(path), steps
+    steps, path = max([each for each in found if each[0] < end], default=(0, None))
+    return (None if path is None else str(path)), steps

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ class TestTopK:
 
     def test_what_a_damaged_file_holds_is_not_believed(self, tmp_path: Path) -> None:
         trained(language(), sentences(2), top_k=3, folder=tmp_path)
-        (tmp_path / "stage-0" / "done.safetensors").unlink()
+        shutil.rmtree(tmp_path / "stage-0")
         for file in (tmp_path / "teacher").iterdir():
             file.write_bytes(file.read_bytes()[:50])
         with pytest.raises(HealError, match="cannot be read"):
@@ -248,6 +249,15 @@ class TestInterruption:
         with pytest.raises(HealError, match="another settings"):
             trained(language(), sentences(2), folder=tmp_path, lm=1.0)
         assert json.loads((tmp_path / "run.json").read_text())["plan"]["drop"] == ["layers.1.attn"]
+
+    def test_a_run_that_ended_as_it_was_killed_does_not_train_on(self, tmp_path: Path) -> None:
+        whole, model = language(), language()
+        for _ in range(2):
+            found = trained(whole, iter(sentences(9)), steps=3, folder=tmp_path, save_steps=1)
+            whole, model = model, whole
+            (tmp_path / "stage-0" / "done.safetensors").unlink()
+        assert found.stages[0].steps == 3
+        assert_alike(model, whole, 1e-9)
 
     def test_a_checkpoint_cut_short_is_passed_over(self, tmp_path: Path) -> None:
         whole, model = language(), language()

@@ -24,7 +24,8 @@ from fxfuse._torch.compiled import original
 from fxfuse.data.batches import Batch, on_device_of
 from fxfuse.errors import HealError, MissingDependencyError, NotFiniteError, OptionError
 from fxfuse.heal.choice import Train, choose
-from fxfuse.heal.stages import Stage, look
+from fxfuse.heal.stages import Stage as Stage
+from fxfuse.heal.stages import look
 from fxfuse.heal.student import student_of, under, values_of, with_adapters
 from fxfuse.heal.teacher import arguments, head_of
 from fxfuse.heal.training import Lesson, StageRun, agreed, ask, same_run, trainer_arguments

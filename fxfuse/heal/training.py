@@ -266,5 +266,8 @@ def _last_checkpoint(folder: Path, end: int) -> tuple[str | None, int]:
             found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
         except (OSError, ValueError, KeyError):
             continue
-    steps, path = max([each for each in found if each[0] < end], default=(0, None))
-    return (None if path is None else str(path)), steps
+    before = [each for each in found if each[0] < end]
+    if not before:
+        return None, 0
+    steps, path = max(before)
+    return str(path), steps

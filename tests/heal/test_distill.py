@@ -108,6 +108,7 @@ def assert_alike(one: nn.Module, other: nn.Module, tolerance: float) -> None:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_a_llama_without_an_attention_comes_nearer_to_what_it_was(self) -> None:
         model = llama(3)
         before = weights(model)
@@ -148,6 +149,7 @@ class TestTraining:
         found = trained(model, sentences(2), steps=3, lr=3.0, held_out=sentences(2, seed=9))
         assert not found.kept and not changed(model, before) and "nothing was changed" in str(found)
 
+    @pytest.mark.slow
     def test_stages_follow_each_other_each_with_its_text_and_budget(self) -> None:
         model = language()
         stages = [
@@ -158,12 +160,12 @@ class TestTraining:
         found = trained(model, stages=stages)
         assert [run.steps for run in found.stages] == [3, 4, 1]  # 14 tokens a batch: 50 take 4
 
+    @pytest.mark.slow
     def test_adapters_are_merged(self) -> None:
         model = language()
         before = weights(model)
         layout = [(name, type(module)) for name, module in model.named_modules()]
-        batches = [batch for batch in sentences(12, batch=8)]
-        found = trained(model, batches, train="lora", lr=2e-2, lora={"r": 4}, held_out=sentences(2, seed=9))
+        found = trained(model, sentences(12, batch=8), train="lora", lr=2e-2, lora={"r": 4}, held_out=sentences(2, seed=9))
 
         matrices = {name for name in before if name.startswith("layers.") and before[name].dim() == 2}
         assert changed(model, before) == {name for name in matrices if ".1.attn" not in name}
@@ -181,6 +183,7 @@ class TestTopK:
         assert a.stages[0].losses == pytest.approx(b.stages[0].losses, rel=1e-6)
         assert_alike(one, other, 1e-9)
 
+    @pytest.mark.slow
     def test_the_teacher_is_asked_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         batches = sentences(4)
         asked: list[int] = []
@@ -219,6 +222,7 @@ class TestTopK:
 
 
 class TestInterruption:
+    @pytest.mark.slow
     @pytest.mark.parametrize("train", ["edited", "lora"])
     def test_a_run_goes_on_to_the_same_weights(self, tmp_path: Path, train: Any) -> None:
         def stages() -> list[Stage]:
@@ -250,6 +254,7 @@ class TestInterruption:
             trained(language(), sentences(2), folder=tmp_path, lm=1.0)
         assert json.loads((tmp_path / "run.json").read_text())["plan"]["drop"] == ["layers.1.attn"]
 
+    @pytest.mark.slow
     def test_a_run_that_ended_as_it_was_killed_does_not_train_on(self, tmp_path: Path) -> None:
         whole, model = language(), language()
         for _ in range(2):

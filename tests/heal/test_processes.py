@@ -62,10 +62,8 @@ def test_two_processes_have_the_loss_curve_and_the_weights_of_one(tmp_path: Path
             for process in running:
                 process.kill()
 
-    one, *two = (
-        [json.loads((tmp_path / f"{name[0]}" / f"{name}.json").read_text()), torch.load(tmp_path / name[0] / f"{name}.pt")]
-        for name in ("1-0", "2-0", "2-1")
-    )
+    made = [tmp_path / name[0] / name for name in ("1-0", "2-0", "2-1")]
+    one, *two = ([json.loads(path.with_suffix(".json").read_text()), torch.load(f"{path}.pt")] for path in made)
     assert len(one[0][0]) == STEPS and one[0][2]
     for losses, weights in two:
         assert losses[0] == pytest.approx(one[0][0], abs=1e-4)

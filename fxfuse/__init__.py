@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxfuse.backend.applying import apply
     from fxfuse.errors import FxfuseError, PlanError
+    from fxfuse.healing.heal import Healing, heal
     from fxfuse.measure.evaluation import Metrics, evaluate
     from fxfuse.measure.recorder import record
     from fxfuse.measure.recording import Recording
@@ -28,6 +29,8 @@ _HOME = {
     "explain": "fxfuse.report.explanation",
     "Explanation": "fxfuse.report.explanation",
     "FxfuseError": "fxfuse.errors",
+    "heal": "fxfuse.healing.heal",
+    "Healing": "fxfuse.healing.heal",
     "make_plan": "fxfuse.planning",
     "Metrics": "fxfuse.measure.evaluation",
     "Plan": "fxfuse.plan",
@@ -41,6 +44,7 @@ _HOME = {
 __all__ = [
     "Explanation",
     "FxfuseError",
+    "Healing",
     "Metrics",
     "Plan",
     "PlanError",
@@ -49,6 +53,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "explain",
+    "heal",
     "make_plan",
     "prune",
     "record",

@@ -252,6 +252,34 @@ MUTATIONS = (
         "if False:",
         ("tests/packing/test_packs.py", "-k", "average"),
     ),
+    Mutation(
+        "heal towards what the plan adds only later",
+        "fxfuse/healing/targets.py",
+        "if branch.name not in inside and branch.name not in plan.drop]",
+        "if False]",
+        ("tests/healing/test_fit.py", "-k", "later"),
+    ),
+    Mutation(
+        "fit to tokens that are held out",
+        "fxfuse/healing/fit.py",
+        "key = sample.domain if sample.held else None",
+        "key = sample.domain if sample.held and not sample.pair.step.maps else None",
+        ("tests/healing/test_fit.py",),
+    ),
+    Mutation(
+        "fit the map of the bias to the weight's",
+        "fxfuse/healing/maps.py",
+        "inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], -1)",
+        "inputs = torch.cat([inputs.new_ones(*inputs.shape[:-1], 1), inputs], -1)",
+        ("tests/healing/test_fit.py", "-k", "planted"),
+    ),
+    Mutation(
+        "keep what heals one text and hurts another",
+        "fxfuse/healing/heal.py",
+        "if left < least and all(now[name] < unhealed[name] for name in now):",
+        "if left < least:",
+        ("tests/healing/test_heal.py", "-k", "one_kind"),
+    ),
 )
 
 

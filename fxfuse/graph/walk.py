@@ -100,13 +100,14 @@ class Walk:
             self._forget(index)
 
     def attempt(self, weights: Mapping[fx.Node, Tensor]) -> Values:
-        """What the nodes that are decided here and wanted would be with other ``weights``; the run stays as it is."""
+        """What is decided here and wanted, with some of its weights replaced; the run stays as it is."""
         again = self._route.stages[self._stage].again
         assert again is not None  # or there is nothing to try
-        return dict(self._route.program.rerun(again, self.values, weights))
+        own = {node: value for node in again.changed if isinstance(value := self.values[node], Tensor)}
+        return dict(self._route.program.rerun(again, self.values, {**own, **weights}))
 
     def leave(self, weights: Mapping[fx.Node, Tensor]) -> None:
-        """Decide for ``weights``, whatever is decided here, and let go of what was only looked at."""
+        """Decide for ``weights`` and those that are there, and let go of what was only looked at."""
         if self._route.stages[self._stage].again is not None:
             made = self.attempt(weights)
             self.values.update(weights)

@@ -8,10 +8,9 @@
 ``budget``     which edits fit within a budget
 ``make``       ``make_plan``, which puts these together
 ``meter``      what a plan costs: the KL of the planned model
-``planned``    the planned model, beside the model itself
 =============  ======================================================================
 
-All but the last three are functions of a recording and of numbers.
+All but the last two are functions of a recording and of numbers.
 """
 
 from fxfuse.plan import Decision

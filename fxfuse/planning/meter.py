@@ -10,9 +10,9 @@ from fxfuse._torch.compiled import original
 from fxfuse._torch.dynamo import originals_forbidden
 from fxfuse.data.batches import Batch, Model
 from fxfuse.measure.evaluation import evaluate
+from fxfuse.measure.planned import Planned, compiled
 from fxfuse.model.force import uncompiled
 from fxfuse.plan import Plan
-from fxfuse.planning.planned import Planned, compiled
 
 
 class Meter:

@@ -14,10 +14,10 @@ from fxfuse import Plan, PlanError
 from fxfuse.data.batches import cache_keyword
 from fxfuse.errors import RecordError
 from fxfuse.measure.evaluation import evaluate
+from fxfuse.measure.planned import Planned, compiled
 from fxfuse.packing.calls import _PACKS
 from fxfuse.planning import Meter
 from fxfuse.planning.meter import Replay
-from fxfuse.planning.planned import Planned, compiled
 from tests.models.tiny import Counter, llama, planned, tokens
 
 EDITS = {"drop": ["model.layers.1.self_attn"], "parallel": [["model.layers.0.mlp", "model.layers.1.mlp"]]}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxfuse import Plan
-from fxfuse.heal.distill import distill
+from fxfuse.healing.distill import distill
 from tests.models.language import EDITS, language, sentences
 
 STEPS = 4
@@ -51,7 +51,7 @@ def test_two_processes_have_the_loss_curve_and_the_weights_of_one(tmp_path: Path
         environment = os.environ | own | {"OMP_NUM_THREADS": "1"}
         if world == 1:
             environment = {name: value for name, value in environment.items() if name not in own}
-        command = [sys.executable, "-m", "tests.heal.test_processes", str(folder), str(top_k or 0)]
+        command = [sys.executable, "-m", "tests.healing.test_processes", str(folder), str(top_k or 0)]
         running = [
             subprocess.Popen(command, env=environment | ({"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {}))
             for r in range(world)

@@ -18,10 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from fxfuse.data.batches import Batch, blaming
 from fxfuse.errors import NotFiniteError
-from fxfuse.heal.loss import completed, divergence, live, targets
-from fxfuse.heal.stages import count_tokens, only
-from fxfuse.heal.student import bare
-from fxfuse.heal.teacher import LIKELIEST, TOKENS, Tap, arguments, checked, logits_now
+from fxfuse.healing.loss import completed, divergence, live, targets
+from fxfuse.healing.stages import count_tokens, only
+from fxfuse.healing.student import bare
+from fxfuse.healing.teacher import LIKELIEST, TOKENS, Tap, arguments, checked, logits_now
 from fxfuse.measure.divergence import cosine_distance
 from fxfuse.measure.evaluation import IGNORED
 

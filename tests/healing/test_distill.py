@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from fxfuse import Plan
 from fxfuse.errors import FxfuseError, HealError, NotFiniteError, OptionError, PlanError
-from fxfuse.heal import teacher
-from fxfuse.heal.choice import choose
-from fxfuse.heal.distill import Distilled, distill
-from fxfuse.heal.stages import Stage
+from fxfuse.healing import teacher
+from fxfuse.healing.choice import choose
+from fxfuse.healing.distill import Distilled, distill
+from fxfuse.healing.stages import Stage
 from tests.models.language import EDITS, VOCABULARY, Language, language, sentences
 from tests.models.tiny import llama, tokens
 
@@ -165,7 +165,9 @@ class TestTraining:
         model = language()
         before = weights(model)
         layout = [(name, type(module)) for name, module in model.named_modules()]
-        found = trained(model, sentences(12, batch=8), train="lora", lr=2e-2, lora={"r": 4}, held_out=sentences(2, seed=9))
+        found = trained(
+            model, sentences(12, batch=8), train="lora", lr=2e-2, lora={"r": 4}, held_out=sentences(2, seed=9)
+        )
 
         matrices = {name for name in before if name.startswith("layers.") and before[name].dim() == 2}
         assert changed(model, before) == {name for name in matrices if ".1.attn" not in name}

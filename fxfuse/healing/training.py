@@ -17,9 +17,9 @@ from fxfuse._common.files import write_atomically
 from fxfuse._common.progress import bar
 from fxfuse.data.batches import Batch
 from fxfuse.errors import HealError, OptionError
-from fxfuse.heal.stages import FOREVER, Stage, Text, dataset, steps_of
-from fxfuse.heal.student import whole
-from fxfuse.heal.teacher import TopK
+from fxfuse.healing.stages import FOREVER, Stage, Text, dataset, steps_of
+from fxfuse.healing.student import whole
+from fxfuse.healing.teacher import TopK
 from fxfuse.measure.recording import model_digest
 from fxfuse.measure.resume import digest_batch
 from fxfuse.plan import Plan
@@ -176,7 +176,7 @@ class Lesson:
     Attributes:
         student: calls of it follow the plan.
         teacher: the original.
-        head: see :class:`fxfuse.heal.trainer.Distiller`.
+        head: see :class:`fxfuse.healing.trainer.Distiller`.
         cosine, lm: weights of the loss.
         said: what the teacher said before; None to ask it live.
         evaluation: what the Trainer evaluates on, where it is told to.
@@ -200,7 +200,7 @@ class Lesson:
         Raises:
             HealError: there was no text for a single step; what the folder holds cannot be read.
         """
-        from fxfuse.heal.trainer import Clock, Distiller, Weights
+        from fxfuse.healing.trainer import Clock, Distiller, Weights
 
         folder = Path(run.output_dir)
         if keep and (folder / "done.safetensors").exists():

@@ -16,42 +16,16 @@ from fxfuse._torch.dynamo import innermost, originals_forbidden
 from fxfuse.backend.frontend import Captured, compiled_apart, take
 from fxfuse.backend.naming import elsewhere
 from fxfuse.data.batches import Batch, blaming, fresh, on_device_of
-from fxfuse.errors import CaptureError, HealError
-from fxfuse.graph.constant import weight_only
+from fxfuse.errors import CaptureError, HealError, PlanError, nearest
 from fxfuse.graph.rerun import Program
-from fxfuse.graph.values import parameters
 from fxfuse.graph.walk import Route, Stage, Walk
-from fxfuse.heal.maps import LinearMap, linear_map
+from fxfuse.healing.targets import Step, find_targets, map_steps, region_steps
 from fxfuse.measure.divergence import rows
 from fxfuse.measure.instrument import scaled
 from fxfuse.model.force import uncompiled
 from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
-from fxfuse.stream.branch import Term
-from fxfuse.stream.finder import ResidualStream, find_streams
-
-
-@dataclass(frozen=True)
-class Step:
-    """One residual sum of the planned model, and what its stream should be after it.
-
-    Attributes:
-        branches: names of those that are added there.
-        maps: the linear maps by which they are, of those that can be fitted.
-        refused: why others cannot, by branch.
-        out: node of the planned stream after the sum.
-        names: of the maps' parameters, by node.
-        goal: node of the original's stream.
-        absent: contributions in ``goal`` that the planned stream gets only later.
-    """
-
-    branches: tuple[str, ...]
-    maps: tuple[LinearMap, ...]
-    refused: Mapping[str, str]
-    out: fx.Node
-    names: Mapping[fx.Node, str]
-    goal: fx.Node
-    absent: tuple[Term, ...]
+from fxfuse.stream.finder import find_streams
 
 
 @dataclass(frozen=True)
@@ -66,9 +40,11 @@ class _Graphs:
 class Pair:
     """One batch on its way through both models."""
 
-    def __init__(self, graphs: _Graphs, inputs: Sequence[object], counted: Tensor | None) -> None:
+    def __init__(
+        self, graphs: _Graphs, inputs: Sequence[object], healed: Sequence[object], counted: Tensor | None
+    ) -> None:
         self.steps = graphs.steps
-        self._original, self._planned = Walk(graphs.original, inputs), Walk(graphs.planned, inputs)
+        self._original, self._planned = Walk(graphs.original, inputs), Walk(graphs.planned, healed)
         self._counted = counted
         self._number = 0
 
@@ -90,7 +66,7 @@ class Pair:
         return rows(goal, self._counted)
 
     def stream(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """What it is with some ``weights`` of the step's maps replaced, ``[tokens, d]``."""
+        """What it is with some of the step's ``weights`` replaced, ``[tokens, d]``."""
         out = self._planned.attempt(self._by_node(weights))[self.step.out]
         assert isinstance(out, Tensor)
         return rows(out, self._counted)
@@ -104,8 +80,8 @@ class Pair:
         """The step's parameters after ``change`` ``[d, columns]``; ``weights`` are some of them as they are now."""
         values = {**self._planned.values, **self._by_node(weights)}
         changed: dict[str, Tensor] = {}
-        for map_, part in zip(self.step.maps, change.split([m.columns for m in self.step.maps], 1), strict=True):
-            changed |= {self.step.names[node]: new for node, new in map_.changed(part, values).items()}
+        for map_, part in zip(self.step.maps, torch.split(change, [m.columns for m in self.step.maps], 1), strict=True):
+            changed |= {self.step.weights[node]: new for node, new in map_.changed(part, values).items()}
         return changed
 
     def leave(self, weights: Mapping[str, Tensor]) -> None:
@@ -114,20 +90,34 @@ class Pair:
         self._planned.leave(self._by_node(weights))
         self._number += 1
 
-    def _by_node(self, weights: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
-        """All parameters of the step's maps: new ones, or those that are there."""
+    def weights(self) -> dict[str, Tensor]:
+        """The step's parameters as they are, by name."""
         values = self._planned.values
-        nodes = [node for map_ in self.step.maps for node in map_.parameters]
-        held = {node: weights.get(self.step.names[node], values[node]) for node in nodes}
-        return {node: value for node, value in held.items() if isinstance(value, Tensor)}
+        return {name: value for node, name in self.step.weights.items() if isinstance(value := values[node], Tensor)}
+
+    def _by_node(self, weights: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+        return {node: weights[name] for node, name in self.step.weights.items() if name in weights}
 
 
-class _Stop(Exception):
+class _Enough(Exception):  # noqa: N818 - it is no error
     """Raised where a call of the model has given what was wanted of it."""
 
 
-def pairs(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> list[Pair]:
+def pairs(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Batch],
+    weights: Mapping[str, Tensor] | None = None,
+    regions: bool = False,
+) -> list[Pair]:
     """Each batch at the start of both models. Nothing is computed yet; a pair keeps its inputs.
+
+    Args:
+        model: the original.
+        plan: what the planned model follows.
+        batches: what both are called with.
+        weights: that the planned model has in place of the original's, by name.
+        regions: let a step be all that changes the stream up to an FFN, with all its parameters, and not a sum.
 
     Raises:
         PlanError: the plan does not fit the model, or parts of it have left the model already.
@@ -139,13 +129,15 @@ def pairs(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> list[Pair]:
 
     def follow(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         captured = take(gm, inputs, model)
-        graphs = _graphs(captured, plan, model)
+        graphs = _graphs(captured, plan, model, regions)
+        names = [captured.names.get(node, "") for node in captured.gm.graph.find_nodes(op="placeholder")]
         if graphs is None:
             return gm.forward
 
         def run(*inputs: object) -> object:
-            made.append(Pair(graphs, inputs, counted))
-            raise _Stop
+            healed = [(weights or {}).get(name, value) for name, value in zip(names, inputs, strict=True)]
+            made.append(Pair(graphs, inputs, healed, counted))
+            raise _Enough
 
         return run
 
@@ -158,7 +150,7 @@ def pairs(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> list[Pair]:
             try:
                 compiled(**on_device_of(model, fresh(batch)))
             except Exception as error:
-                if not isinstance(innermost(error), _Stop):
+                if not isinstance(innermost(error), _Enough):
                     raise
         if len(made) == before:
             raise CaptureError("no residual stream was found in the model; fxfuse.explain says what was seen")
@@ -167,14 +159,21 @@ def pairs(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> list[Pair]:
     return made
 
 
-def _graphs(captured: Captured, plan: Plan, model: nn.Module) -> _Graphs | None:
+def _graphs(captured: Captured, plan: Plan, model: nn.Module, regions: bool) -> _Graphs | None:
     bare = captured.copy()
     for each, edits in ((bare, Plan()), (captured, plan)):
         edit(each.gm, edits, names=each.names, strict=True, elsewhere=elsewhere(model, each.names))
     streams = find_streams(bare.gm, bare.names)
     if not streams:
         return None
-    steps = _steps(captured, streams, plan)
+    known = {branch.name for stream in streams for branch in stream.branches}
+    if absent := next((name for name in plan.names if name not in known), None):
+        raise PlanError(
+            f"{absent!r} is no branch of this model as it is{nearest(absent, known)}. If the plan was applied to it "
+            "already, heal the original first, then apply the plan"
+        )
+    targets = find_targets(captured, streams, plan)
+    steps = region_steps(captured, targets) if regions else map_steps(captured, targets)
     original, planned = Program(bare.gm), Program(captured.gm)
     seen = [{step.goal, *(n for term in step.absent for n in (term.node, *term.scale.nodes))} for step in steps]
     return _Graphs(
@@ -186,46 +185,8 @@ def _graphs(captured: Captured, plan: Plan, model: nn.Module) -> _Graphs | None:
 
 def _stage(program: Program, step: Step) -> Stage:
     inputs = {node for map_ in step.maps for node in (map_.input, *map_.scale.nodes)}
-    weights = {node for map_ in step.maps for node in map_.parameters}
+    weights = set(step.weights)
     again = program.plan(weights, {step.out})
     # What others read of what is decided is wanted too: a cast of the stream, or a tap.
     decided = {node for node in again.nodes if any(user not in again.nodes for user in node.users)}
     return Stage(frozenset({*inputs, step.out}), program.plan(weights, decided | {step.out}))
-
-
-def _steps(planned: Captured, originals: Sequence[ResidualStream], plan: Plan) -> tuple[Step, ...]:
-    """The sums at which the planned model can be led back to the original, in graph order."""
-    gm, names = planned.gm, planned.names
-    weights = parameters(gm, names)
-    constant = weight_only(gm, weights)
-    order = {node: index for index, node in enumerate(gm.graph.nodes)}
-    places = {b.name: (stream, n) for stream in originals for n, each in enumerate(stream.sums) for b in each.branches}
-    graph = originals[0].sums[0].out.graph
-    before = {node: index for index, node in enumerate(graph.nodes)}
-    edited = [before[stream.sums[n].out] for name, (stream, n) in places.items() if name in plan.names]
-    steps: list[Step] = []
-    for stream in find_streams(gm, names):
-        inside: set[str] = set()
-        for sum_ in stream.sums:
-            own = [branch for branch in sum_.branches if branch.name in places]
-            inside |= {branch.name for branch in own}
-            if not inside:
-                continue
-            source = places[next(iter(inside))][0]
-            last = max(places[name][1] for name in inside)
-            absent = [
-                branch
-                for earlier in source.sums[: last + 1]
-                for branch in earlier.branches
-                if branch.name not in inside and branch.name not in plan.drop
-            ]
-            found = {branch.name: linear_map(branch, names, constant) for branch in own}
-            maps = tuple(each for each in found.values() if isinstance(each, LinearMap))
-            touched = bool(edited) and before[source.sums[last].out] >= min(edited)
-            factors = len(source.points) > len(source.sums) + 1
-            if not maps or not touched or (absent and factors):
-                continue
-            refused = {name: each for name, each in found.items() if isinstance(each, str)}
-            terms = tuple(term for branch in absent for term in branch.terms)
-            steps.append(Step(tuple(found), maps, refused, sum_.out, names, source.sums[last].out, terms))
-    return tuple(sorted(steps, key=lambda step: order[step.out]))

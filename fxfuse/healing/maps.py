@@ -12,7 +12,7 @@ from fxfuse.ffn.projection import projection
 from fxfuse.graph.peel import PASSED, Change, layers
 from fxfuse.graph.rerun import Values
 from fxfuse.graph.scale import Scale
-from fxfuse.stream.branch import Branch
+from fxfuse.stream.branch import STAMP, Branch, Term
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,43 @@ class LinearMap:
         return {node: (old + made[node].to(old)).detach() for node, old in olds.items() if isinstance(old, Tensor)}
 
 
-def linear_map(branch: Branch, weights: Mapping[fx.Node, str], constant: Container[fx.Node]) -> LinearMap | str:
-    """The map by which ``branch`` writes to the stream, or why it cannot be fitted.
+def linear_maps(
+    branch: Branch, weights: Mapping[fx.Node, str], constant: Container[fx.Node]
+) -> dict[str, LinearMap | str]:
+    """The maps by which ``branch`` writes to the stream, or why they cannot be fitted, by the name of each.
+
+    A private sequence of a plan is one branch that adds a value for each of its members, by their names. Only the last
+    one's map can be fitted: what another one adds is read by those after it.
 
     Args:
         branch: of a graph whose parameters are placeholders.
         weights: the names of these, by node.
         constant: the nodes that depend on weights alone.
     """
-    if len(branch.terms) > 1:
-        return "it adds several values to the stream"
-    (term,) = branch.terms
+    made: dict[str, LinearMap | str] = {}
+    for term in branch.terms:
+        name = str(term.node.meta.get(STAMP, branch.name))
+        others = {other.node for other in branch.terms if other is not term}
+        if others & _descendants(term.node, branch.nodes):
+            made[name] = "what it adds is read by others of its private sequence"
+        elif name in made:
+            made[name] = "it adds several values to the stream"
+        else:
+            made[name] = _linear_map(name, term, weights, constant)
+    return made
+
+
+def _descendants(node: fx.Node, inside: Container[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        new = [user for user in stack.pop().users if user in inside and user not in found]
+        found.update(new)
+        stack.extend(new)
+    return found
+
+
+def _linear_map(name: str, term: Term, weights: Mapping[fx.Node, str], constant: Container[fx.Node]) -> LinearMap | str:
     node, scale = term.node, term.scale
     for taken in layers(node, PASSED | Change.ROUND | Change.NUMBER):
         node, scale = taken.source, scale * taken.scale
@@ -89,4 +115,4 @@ def linear_map(branch: Branch, weights: Mapping[fx.Node, str], constant: Contain
             return "its weight is computed from others (quantized, or an adapter)"
         if len(each.users) > 1:
             return f"{weights[each]} has other uses"
-    return LinearMap(branch.name, last.input, last.weight, last.bias, last.transposed, last.fan_in, scale)
+    return LinearMap(name, last.input, last.weight, last.bias, last.transposed, last.fan_in, scale)

@@ -23,12 +23,12 @@ from fxfuse._common.bounds import check_bound, check_count
 from fxfuse._torch.compiled import original
 from fxfuse.data.batches import Batch, on_device_of
 from fxfuse.errors import HealError, MissingDependencyError, NotFiniteError, OptionError
-from fxfuse.heal.choice import Train, choose
-from fxfuse.heal.stages import Stage as Stage
-from fxfuse.heal.stages import look
-from fxfuse.heal.student import student_of, under, values_of, with_adapters
-from fxfuse.heal.teacher import arguments, head_of
-from fxfuse.heal.training import Lesson, StageRun, agreed, ask, same_run, trainer_arguments
+from fxfuse.healing.choice import Train, choose
+from fxfuse.healing.stages import Stage as Stage
+from fxfuse.healing.stages import look
+from fxfuse.healing.student import student_of, under, values_of, with_adapters
+from fxfuse.healing.teacher import arguments, head_of
+from fxfuse.healing.training import Lesson, StageRun, agreed, ask, same_run, trainer_arguments
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.model.force import uncompiled, watch_of
 from fxfuse.model.pruning import is_dropped

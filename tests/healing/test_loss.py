@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxfuse.errors import HealError
-from fxfuse.heal import loss
-from fxfuse.heal.loss import completed, divergence, live, targets
+from fxfuse.healing import loss
+from fxfuse.healing.loss import completed, divergence, live, targets
 from fxfuse.measure.evaluation import IGNORED
 
 TOKENS, VOCABULARY = 7, 9

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fxfuse._common.bounds import check_bound, check_count
 from fxfuse.data.batches import Batch, check_batch
 from fxfuse.errors import HealError, OptionError
-from fxfuse.heal.loss import targets
+from fxfuse.healing.loss import targets
 from fxfuse.measure.evaluation import IGNORED
 
 _SAMPLE = 64

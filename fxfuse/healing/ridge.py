@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxfuse.errors import NotFiniteError
 
-STRENGTHS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+STRENGTHS = (1e-10, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Strengths that are tried, relative to the mean of A's diagonal."""
 
 _ROWS = 4096
@@ -48,7 +48,7 @@ class Sums:
 
         Products of a few thousand tokens are made in float32, or in float64 if the values are, and summed in float64.
         """
-        for u, r, w in zip(inputs.split(_ROWS), residual.split(_ROWS), weight.split(_ROWS), strict=True):
+        for u, r, w in zip(*(torch.split(each, _ROWS) for each in (inputs, residual, weight)), strict=True):
             kind = torch.promote_types(torch.promote_types(u.dtype, r.dtype), torch.float32)
             root = w.to(kind).sqrt()[:, None]
             u, r = u.to(kind) * root, r.to(kind) * root
@@ -65,17 +65,17 @@ class Sums:
         return max(total, 0.0) / self.tokens
 
 
-def solve(sums: Sums, strength: float) -> Tensor:
+def solve(sums: Sums, strength: float) -> Tensor | None:
     """The change ``[d, units]``, float64, for a strength relative to the mean of the Gram matrix' diagonal.
+
+    None if that strength is too small for the rounding errors of the sums.
 
     Raises:
         NotFiniteError: the sums hold NaN or infinity.
     """
     if not bool(torch.isfinite(sums.gram).all() and torch.isfinite(sums.cross).all()):
         raise NotFiniteError("NaN or infinity among what is fitted. Are the weights whole? Try float32")
-    mean = sums.gram.diagonal().mean()
-    if not mean > 0:
-        return torch.zeros_like(sums.cross)
     ridge = sums.gram.clone()
-    ridge.diagonal().add_(strength * mean)
-    return torch.cholesky_solve(sums.cross.T, torch.linalg.cholesky(ridge)).T
+    ridge.diagonal().add_(strength * sums.gram.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(ridge)
+    return None if bool(failed) else torch.cholesky_solve(sums.cross.T, factor).T

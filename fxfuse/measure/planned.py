@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,9 @@ from fxfuse.plan import Plan
 
 
 class Planned:
-    """``model`` as ``plan`` has it; ``plan`` may be set anew between calls, for the price of rewriting the graphs.
+    """``model`` as ``plan`` has it, and with some ``weights`` in place of its own.
+
+    Both may be set anew between calls: a plan for the price of rewriting the graphs, weights for none.
 
     The model is traced once. A torch.compile for each plan would trace it each time, and Dynamo keeps a part of what it
     traced for as long as the model lives. Nothing is fused, which is exact.
@@ -27,6 +29,7 @@ class Planned:
 
     def __init__(self, model: nn.Module) -> None:
         self.plan = Plan()
+        self.weights: Mapping[str, Tensor] = {}  # that stand for the model's own, by name
         self._model = model
         self._compiled = compiled_apart(model, self._follow, dynamic=None)
 
@@ -41,13 +44,15 @@ class Planned:
 
     def _follow(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         captured = take(gm, inputs, self._model)
+        names = [captured.names.get(node, "") for node in captured.gm.graph.find_nodes(op="placeholder")]
         rewritten: tuple[Plan, fx.GraphModule] | None = None
 
         def run(*inputs: object) -> object:
             nonlocal rewritten
             if rewritten is None or rewritten[0] != self.plan:
                 rewritten = self.plan, self._rewritten(captured.copy())
-            return rewritten[1](*inputs)
+            given = zip(names, inputs, strict=True)
+            return rewritten[1](*(self.weights.get(name, value) for name, value in given))
 
         return run
 

@@ -7,111 +7,47 @@ Ghosted Layers (arXiv 2605.15491) and of NBL (arXiv 2505.21077), at every sum, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fxfuse.heal.pair import Pair
-from fxfuse.heal.ridge import STRENGTHS, Sums, solve
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A batch on its way, and what it is for.
-
-    Attributes:
-        pair: both models, standing at the same step.
-        domain: the kind of text.
-        held: it chooses strengths, and is not fitted to.
-    """
-
-    pair: Pair
-    domain: str
-    held: bool
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What became of the maps of one residual sum.
-
-    Attributes:
-        branches: whose they are.
-        before, after: relative error of the stream on text held out, ``mean |x' - x|^2 / |x|^2``.
-        strength: of the ridge, relative to the mean of the Gram matrix' diagonal; 0 if the maps were left alone.
-        refused: why maps of other branches were not fitted, by branch.
-    """
-
-    branches: tuple[str, ...]
-    before: float
-    after: float
-    strength: float
-    refused: Mapping[str, str]
+from fxfuse.healing.ridge import STRENGTHS, Sums, solve
+from fxfuse.healing.steps import Outcome, Sample, check_amount
 
 
 @torch.no_grad()
-def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], Fitted]:
+def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], Outcome]:
     """Refit the maps of the step at which all samples stand: their new parameters by name, if any are better.
 
     Args:
         samples: which have reached the step.
         block: the most columns that are solved for at once; more are solved in blocks, each with those before it
             changed (block-coordinate descent).
+
+    Raises:
+        HealError: fewer tokens than the stream has channels.
+        NotFiniteError: NaN or infinity.
     """
     step = samples[0].pair.step
     weights: dict[str, Tensor] = {}
     columns = sum(map_.columns for map_ in step.maps)
-    before = after = None
+    errors: list[float] = []
     strength = 0.0
     for start in range(0, columns, block):
         part = slice(start, min(start + block, columns))
         fitted, held = _sums(samples, part, weights)
-        before = before if before is not None else _error(held, None)
-        found = _best(fitted, held)
-        after = _error(held, None)
-        if found is None:
+        check_amount(fitted.tokens, len(fitted.cross))
+        errors.append(_error(held, None))
+        if (best := _best(fitted, held)) is None:
             continue
-        strength, change = found
-        after = _error(held, change)
+        strength, change = best
+        errors.append(_error(held, change))
         whole = change.new_zeros(len(change), columns)
         whole[:, part] = change
         weights |= samples[0].pair.changed(whole, weights)
-    assert before is not None and after is not None  # a step has maps, and these have columns
-    return weights, Fitted(step.branches, before, after, strength, step.refused)
-
-
-@torch.no_grad()
-def fit(
-    samples: Sequence[Sample],
-    block: int,
-    said: Callable[[Fitted], None] = lambda fitted: None,
-    known: Sequence[Mapping[str, Tensor]] = (),
-    keep: Callable[[Mapping[str, Tensor], Fitted], None] = lambda weights, fitted: None,
-) -> dict[str, Tensor]:
-    """Refit all steps, front to back: the new parameters by name.
-
-    Args:
-        samples: at the start of their way.
-        block: see :func:`fit_step`.
-        said: is told of each step.
-        known: what a run before found for the first steps.
-        keep: is given what each further step found.
-    """
-    weights: dict[str, Tensor] = {}
-    for number in range(len(samples[0].pair.steps)):
-        for sample in samples:
-            sample.pair.reach()
-        if number < len(known):
-            new = dict(known[number])
-        else:
-            new, fitted = fit_step(samples, block)
-            keep(new, fitted)
-            said(fitted)
-        for sample in samples:
-            sample.pair.leave(new)
-        weights |= new
-    return weights
+    tokens = fitted.tokens, sum(sums.tokens for sums in held)
+    return weights, Outcome("fit", step.branches, errors[0], errors[-1], tokens, strength, step.refused)
 
 
 def _sums(samples: Sequence[Sample], part: slice, weights: Mapping[str, Tensor]) -> tuple[Sums, list[Sums]]:
@@ -139,7 +75,8 @@ def _best(fitted: Sums, held: Sequence[Sums]) -> tuple[float, Tensor] | None:
     if not all(sums.error(None) > 0 for sums in held):
         return None
     for strength in STRENGTHS:
-        change = solve(fitted, strength)
+        if (change := solve(fitted, strength)) is None:
+            continue
         left = sum(sums.error(change) / sums.error(None) for sums in held) / len(held)
         if left < least:
             least, best = left, (strength, change)

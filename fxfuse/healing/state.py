@@ -1,0 +1,92 @@
+"""What healing has found so far, as a folder of files, so that an interruption loses one sum of the stream at most."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fxfuse._common.files import write_atomically
+from fxfuse.errors import FxfuseError, HealError
+from fxfuse.healing.steps import Outcome
+from fxfuse.healing.text import Kind
+from fxfuse.measure.recording import model_digest
+from fxfuse.measure.resume import digest_batch
+from fxfuse.plan import Plan
+
+FORMAT = "fxfuse-heal-state-1"
+
+
+class State:
+    """The folder ``path``: a file for each step of the healing of a model under a plan, by one method, on certain text.
+
+    Attributes:
+        outcomes, weights: of each step that is done, what became of it and its new parameters.
+
+    Raises:
+        HealError: a file is damaged, or the state of another healing.
+        FxfuseError: the folder cannot be made.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], model: nn.Module, plan: Plan, text: Sequence[Kind], settings: str
+    ) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FxfuseError(f"{str(path)!r} cannot be made a folder: {error.strerror}") from error
+        digest, model_ = _digest(text), model_digest(model)
+        self._of = {"model": model_, "plan": plan.model_dump_json(), "text": digest, "method": settings}
+        self.outcomes: list[Outcome] = []
+        self.weights: list[dict[str, Tensor]] = []
+        while (file := self._file(len(self.outcomes))).exists():
+            self._load(file)
+
+    def add(self, weights: Mapping[str, Tensor], outcome: Outcome) -> None:
+        """Write down one more step.
+
+        Raises:
+            OSError: it could not be written; the steps before are untouched.
+        """
+        header = {**self._of, "outcome": asdict(outcome)}
+        tensors = {name: new.contiguous() for name, new in weights.items()}
+        write_atomically(self._file(len(self.outcomes)), save(tensors, {FORMAT: json.dumps(header)}))
+        self.outcomes.append(outcome)
+        self.weights.append(dict(weights))
+
+    def _file(self, step: int) -> Path:
+        return self.path / f"step-{step:04}.safetensors"
+
+    def _load(self, path: Path) -> None:
+        again = f"remove {str(self.path)!r} to heal from the start, or give another folder"
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+                if header is None:
+                    raise HealError(f"{str(path)!r} is no state of a healing: give another folder")
+                for what, own in self._of.items():
+                    if header[what] != own:
+                        raise HealError(f"{str(path)!r} is the state of a healing with another {what}: {again}")
+                given = header["outcome"]
+                self.outcomes.append(Outcome(**given | {key: tuple(given[key]) for key in ("branches", "tokens")}))
+                self.weights.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise HealError(f"the state {str(path)!r} cannot be read ({error}): {again}") from error
+
+
+def _digest(text: Sequence[Kind]) -> str:
+    digest = hashlib.sha256()
+    for kind in text:
+        for part in (kind.fitted, kind.held):
+            digest.update(f"{kind.name} {len(part)}".encode())
+            for batch in part:
+                digest.update(digest_batch(batch).encode())
+    return digest.hexdigest()

@@ -1,0 +1,81 @@
+"""Text to heal on: kinds of it, and of each a part that is not fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from fxfuse.data.batches import Batch, check_batch
+from fxfuse.data.own_text import SELF
+from fxfuse.errors import HealError, OptionError
+
+Part: TypeAlias = Iterable[Batch] | Literal["self"]
+"""Batches, or ``"self"`` for some that the model writes itself."""
+
+Text: TypeAlias = Part | Mapping[str, Part]
+"""One kind of text, or several by their names."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Batches of one kind of text.
+
+    Attributes:
+        name: what the caller calls it; empty where there is but one.
+        fitted: what is fitted to.
+        held: what is held out, to choose and to judge by.
+    """
+
+    name: str
+    fitted: tuple[Batch, ...]
+    held: tuple[Batch, ...]
+
+
+def kinds(text: Text, share: float, written: Callable[[], Iterable[Batch]]) -> tuple[Kind, ...]:
+    """The kinds of text, of each a ``share`` of the batches held out, spread evenly, and at least one.
+
+    Args:
+        text: by the caller.
+        share: between 0 and 1.
+        written: has the model write some itself.
+
+    Raises:
+        HealError: there is none, or fewer than two batches of one kind.
+        RecordError: a batch that is no mapping.
+        OptionError: ``share`` out of range.
+    """
+    if not 0 < share < 1:
+        raise OptionError(f"held_out lies between 0 and 1 (0.2, say), not at {share}")
+    given: Mapping[str, Part] = {"": text} if not isinstance(text, str | Mapping) else _by_name(text)
+    if not given:
+        raise HealError("no text was given: heal needs batches of tokens")
+    if any(isinstance(part, Tensor | bool) for part in given.values()):
+        raise HealError(f"a single batch ({', '.join(map(str, given))}) is no text: give a list of batches")
+    made: list[Kind] = []
+    for name, part in given.items():
+        if isinstance(part, str) and part != SELF:
+            raise HealError(f"{part!r} is no text: give batches, or {SELF!r} for text that the model writes itself")
+        made.append(_kind(name, written() if isinstance(part, str) else part, share))
+    return tuple(made)
+
+
+def _by_name(text: Mapping[str, Part] | Literal["self"]) -> Mapping[str, Part]:
+    return {text: text} if isinstance(text, str) else text
+
+
+def _kind(name: str, batches: Iterable[Batch], share: float) -> Kind:
+    own = [check_batch(number, batch, tokens=False) for number, batch in enumerate(batches)]
+    if len(own) < 2:
+        of = f" of the text {name!r}" if name else ""
+        raise HealError(
+            f"there are {len(own)} batches{of}, and one is held out: give at least two, of sequences of their own; "
+            "128 sequences of 256 tokens serve most models"
+        )
+    chosen = {n for n in range(len(own)) if int((n + 1) * share) > int(n * share)} or {len(own) - 1}
+    if len(chosen) == len(own):
+        chosen.remove(0)
+    held = tuple(batch for number, batch in enumerate(own) if number in chosen)
+    return Kind(name, tuple(batch for number, batch in enumerate(own) if number not in chosen), held)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,9 +277,6 @@ class TestInterruption:
 
 
 class TestErrors:
-    def no_steps(self) -> Iterator[dict[str, Any]]:
-        yield from ()
-
     @pytest.mark.parametrize(
         ("batches", "options", "error", "words"),
         [

@@ -68,6 +68,12 @@ def originals_forbidden() -> AbstractContextManager[None]:
     return config
 
 
+def whole_under_ddp() -> AbstractContextManager[None]:
+    """Inside, DDP cuts no graph at the borders of its buckets, which would part the members of a group."""
+    config: AbstractContextManager[None] = torch._dynamo.config.patch(optimize_ddp=False)
+    return config
+
+
 def backend_named(name: str) -> Callable[..., Callable[..., object]]:
     """The backend that is registered under ``name``; the public API tells the names alone."""
     return lookup_backend(name)

@@ -30,7 +30,7 @@ def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], 
         NotFiniteError: NaN or infinity.
     """
     step = samples[0].pair.step
-    weights: dict[str, Tensor] = {}
+    weights = {name: torch.zeros_like(old) for name, old in samples[0].pair.weights().items() if name in step.anew}
     columns = sum(map_.columns for map_ in step.maps)
     errors: list[float] = []
     strength = 0.0

@@ -156,15 +156,17 @@ def heal(
     settings = {"fit": str(block), "local": str(training)}
     outcomes: list[Outcome] = []
     weights: dict[str, Tensor] = {}
+    anew: set[str] = set()
     with eval_mode(own), uncompiled(own), originals_forbidden():
         for name in methods:
             samples = _samples(own, chosen, text, weights, name)
             state = State(Path(resume) / name, own, chosen, text, settings[name]) if resume is not None else None
             weights |= _improve(samples, name, improves[name], state, outcomes, progress)
+            anew |= {each for step in samples[0].pair.steps for each in step.anew}
             del samples
-        share, kl = _share(own, chosen, text, weights, progress)
-    mixed = {name: _mixed(own.get_parameter(name), new, share) for name, new in weights.items()}
-    for name, new in mixed.items():
+        change = _Change(own, weights, frozenset(anew))
+        share, kl = _share(own, chosen, text, change, progress)
+    for name, new in change.share(share).items():
         own.get_parameter(name).copy_(new)
     if share:
         mark_healed(own, chosen)
@@ -222,15 +224,34 @@ def _part(kind: Kind, held: bool) -> Sequence[Mapping[str, object]]:
     return kind.held if held else kind.fitted
 
 
+@dataclass(frozen=True)
+class _Change:
+    """New weights of a model, and which of them have nothing to do with the old ones."""
+
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    anew: frozenset[str]
+
+    def share(self, share: float) -> dict[str, Tensor]:
+        """The weights with so much of the change; with none, they are as they were."""
+        made: dict[str, Tensor] = {}
+        for name, new in self.weights.items():
+            old = self.model.get_parameter(name)
+            new = new.to(old.device)
+            start = torch.zeros_like(old) if name in self.anew else old
+            made[name] = old if not share else new if share == 1 else torch.lerp(start, new, share)
+        return made
+
+
 def _share(
-    model: nn.Module, plan: Plan, text: Sequence[Kind], weights: Mapping[str, Tensor], progress: bool
+    model: nn.Module, plan: Plan, text: Sequence[Kind], change: _Change, progress: bool
 ) -> tuple[float, dict[str, Divergence]]:
     """How much of the change to keep, and what it does to each kind of text."""
     planned = Planned(model)
     planned.plan = plan
 
     def measured(share: float) -> dict[str, float]:
-        planned.weights = {name: _mixed(model.get_parameter(name), new, share) for name, new in weights.items()}
+        planned.weights = change.share(share)
         found: dict[str, float] = {}
         for kind in text:
             kl = evaluate(planned, kind.held, reference=model, progress=progress).kl
@@ -254,7 +275,3 @@ def _mean_ratio(kl: Mapping[str, float], before: Mapping[str, float]) -> float:
     """The geometric mean over kinds of text of how much of the divergence is left."""
     tiny = 1e-12
     return math.exp(sum(math.log((kl[name] + tiny) / (before[name] + tiny)) for name in kl) / len(kl))
-
-
-def _mixed(old: Tensor, new: Tensor, share: float) -> Tensor:
-    return old if not share else new.to(old.device) if share == 1 else torch.lerp(old, new.to(old.device), share)

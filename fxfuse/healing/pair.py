@@ -173,7 +173,7 @@ def _graphs(captured: Captured, plan: Plan, model: nn.Module, regions: bool) -> 
             "already, heal the original first, then apply the plan"
         )
     targets = find_targets(captured, streams, plan)
-    steps = region_steps(captured, targets) if regions else map_steps(captured, targets)
+    steps = region_steps(captured, targets) if regions else map_steps(captured, targets, plan)
     original, planned = Program(bare.gm), Program(captured.gm)
     seen = [{step.goal, *(n for term in step.absent for n in (term.node, *term.scale.nodes))} for step in steps]
     return _Graphs(

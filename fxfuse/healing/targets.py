@@ -52,6 +52,8 @@ class Step:
         refused: why others cannot, by branch.
         out: node of the planned stream after the sum.
         weights: the parameters that may change, by node: those of the maps, or all of a region.
+        anew: names of those that are fitted from zero: what an output projection was made for says nothing of the
+            linear map that takes an attention's place.
         goal: node of the original's stream.
         absent: contributions in ``goal`` that the planned stream gets only later.
     """
@@ -63,6 +65,7 @@ class Step:
     weights: Mapping[fx.Node, str]
     goal: fx.Node
     absent: tuple[Term, ...]
+    anew: frozenset[str] = frozenset()
 
 
 def find_targets(planned: Captured, originals: Sequence[ResidualStream], plan: Plan) -> tuple[Target, ...]:
@@ -100,15 +103,17 @@ def find_targets(planned: Captured, originals: Sequence[ResidualStream], plan: P
     return tuple(sorted(targets, key=lambda target: order[target.sum.out]))
 
 
-def map_steps(planned: Captured, targets: Sequence[Target]) -> tuple[Step, ...]:
+def map_steps(planned: Captured, targets: Sequence[Target], plan: Plan) -> tuple[Step, ...]:
     """A step for each sum with maps that can be fitted."""
     steps: list[Step] = []
     for target in targets:
         maps = tuple(each for each in target.maps.values() if isinstance(each, LinearMap))
         refused = {name: each for name, each in target.maps.items() if isinstance(each, str)}
         weights = {node: planned.names[node] for map_ in maps for node in map_.parameters}
+        anew = frozenset(weights[node] for map_ in maps if map_.branch in plan.linear for node in map_.parameters)
         if maps and target.clear:
-            steps.append(Step(tuple(target.maps), maps, refused, target.sum.out, weights, target.goal, target.absent))
+            names, out = tuple(target.maps), target.sum.out
+            steps.append(Step(names, maps, refused, out, weights, target.goal, target.absent, anew))
     return tuple(steps)
 
 

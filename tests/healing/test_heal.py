@@ -56,13 +56,14 @@ def kl(model: Any, original: Any, plan: Plan, batches: list[dict[str, object]]) 
     "plan",
     [
         DROP,
+        Plan(linear=["model.layers.1.self_attn"]),
         Plan(drop=["model.layers.1.self_attn"], parallel=[["model.layers.0.mlp", "model.layers.1.mlp"]]),
         Plan(parallel=[["model.layers.0.self_attn", "model.layers.1.self_attn"],
                        ["model.layers.0.mlp", "model.layers.1.mlp"]]),
         Plan(parallel=[[["model.layers.0.self_attn", "model.layers.0.mlp"],
                         ["model.layers.1.self_attn", "model.layers.1.mlp"]]]),
     ],
-    ids=["drop", "fusion", "layers", "blocks"],
+    ids=["drop", "linear", "fusion", "layers", "blocks"],
 )  # fmt: skip
 def test_a_healed_model_is_nearer_to_the_original(plan: Plan, dtype: torch.dtype) -> None:
     model = trained(dtype=dtype)

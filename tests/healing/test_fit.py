@@ -153,36 +153,40 @@ def test_a_planted_student_is_recovered() -> None:
         torch.testing.assert_close(new, wanted[name], rtol=0, atol=1e-8)
 
 
-class LinearAttention(nn.Module):
-    """Its output projection is made for values; of the stream's norm the branch computes a known map of its own."""
+class SelfAttention(nn.Module):
+    """Over one token it is a linear map: ``o(v(x))``."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.norm, self.v, self.o = nn.LayerNorm(8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8, bias=last) for last in (False, False, False, True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn_norm, self.attn = nn.LayerNorm(8), SelfAttention()
         self.ffn_norm, self.ffn = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
-        self.attn = nn.ModuleDict({"v": self.v, "o": self.o})
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        value = self.attn["v"](normed)
-        # All tokens are the same to it, so that what it attends to is each token's own value.
-        seen = nn.functional.scaled_dot_product_attention(1e3 * value, value, value, is_causal=False)
-        x = x + self.attn["o"](seen if x.shape[1] > 1 else value)
+        x = x + self.attn(self.attn_norm(x))
         return x + self.ffn(self.ffn_norm(x))
 
 
 def test_a_linear_map_in_an_attentions_place_is_fitted_from_nothing() -> None:
-    """With one token in a sequence an attention is linear: ``o(v(norm(x)))``."""
-    model = LinearAttention()
+    model = Attending()
     text = [{"x": vectors(40, 1, 8, seed=seed)} for seed in range(6)]
 
     weights, said = fitted(model, Plan(linear=["attn"]), text)
 
     assert said[0].branches == ("attn",) and said[0].after < 1e-12
-    torch.testing.assert_close(weights["attn.o.weight"], model.o.weight @ model.v.weight, rtol=0, atol=1e-7)
-    torch.testing.assert_close(weights["attn.o.bias"], model.o.bias.data, rtol=0, atol=1e-7)
+    normed = model.attn_norm(vectors(9, 1, 8, seed=99))
+    made = nn.functional.linear(normed, weights["attn.o.weight"], weights["attn.o.bias"])
+    torch.testing.assert_close(made, model.attn(normed), rtol=0, atol=1e-7)
 
 
 def test_a_plan_that_changes_nothing_changes_nothing() -> None:

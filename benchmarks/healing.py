@@ -1,10 +1,10 @@
 """Claim: most of what a plan costs comes back, in minutes on two cores, and no text gets worse.
 
-    python benchmarks/healing.py [--drops 3,6,10] [--groups 0,4] [--method fit] [--json FILE]
+    python benchmarks/healing.py [--drops 3,6,10] [--groups 0,4] [--linear] [--method fit] [--json FILE]
 
 SmolLM2-135M. For each plan (so many attentions of least KL dropped, and so many of the FFNs then next to each other in
-groups of two) the perplexity and the KL to the original, unhealed and healed, on two kinds of text that take part in
-nothing else: "near", topics of Python's documentation that were not healed on, and "far", licence texts. It is healed
+groups of two) the perplexity and the KL to the original, unhealed and healed, with ``--linear`` also with linear maps
+in place of the dropped attentions, on two kinds of text that take part in nothing else: "near", topics of Python's documentation that were not healed on, and "far", licence texts. It is healed
 on other topics, on docstrings of the standard library, and on text that the model writes itself.
 """
 
@@ -83,11 +83,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drops", default="3,6,10", help="how many attentions are dropped")
     parser.add_argument("--groups", default="0", help="how many pairs of FFNs are fused")
+    parser.add_argument("--linear", action="store_true", help="also with linear maps in place of the attentions")
     parser.add_argument("--method", default="fit")
     parser.add_argument("--tokens", type=int, default=16384, help="of each kind of text")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    method: list[Any] = arguments.method.split(",")
     loaded = load("smollm2", torch.float32)
     model, length = loaded.model, arguments.length
 
@@ -108,28 +110,30 @@ def main() -> None:
     original = measured(model, model, Plan(), judges)
     _show("", "", "original", original)
     for plan in plans(recording, *numbers):
-        student = copy.deepcopy(model)
-        before = measured(student, model, plan, judges)
+        before = measured(model, model, plan, judges)
         _show(len(plan.drop), len(plan.parallel), "unhealed", before)
-        healing = fxfuse.heal(student, plan, texts, arguments.method.split(","), progress=True)
-        after = measured(student, model, plan, judges)
-        _show("", "", "healed", after, f"{healing.seconds:.0f} s, {healing.share:.0%} kept")
-        back = {name: 1 - after[name]["kl"] / before[name]["kl"] for name in judges}
-        print(f"{'':22} KL back: near {back['near']:.0%}, far {back['far']:.0%}", flush=True)
-        rows.append(
-            {
-                "plan": json.loads(plan.to_json()),
-                "method": arguments.method,
-                "unhealed": before,
-                "healed": after,
-                "back": back,
-                "seconds": healing.seconds,
-                "share": healing.share,
-            }
-        )
-        if arguments.json:
-            found = {"machine": str(Machine.here()), "tokens": arguments.tokens, "original": original, "rows": rows}
-            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        mapped = [Plan(linear=plan.drop, parallel=plan.parallel)] if arguments.linear else []
+        for which, edits in zip(("healed", "linear"), [plan, *mapped], strict=False):
+            student = copy.deepcopy(model)
+            healing = fxfuse.heal(student, edits, texts, method, progress=True)
+            after = measured(student, model, edits, judges)
+            back = {name: 1 - after[name]["kl"] / before[name]["kl"] for name in judges}
+            note = f"{back['near']:4.0%} and {back['far']:4.0%} back, {healing.seconds:.0f} s, {healing.share:.0%} kept"
+            _show("", "", which, after, note)
+            rows.append(
+                {
+                    "plan": json.loads(edits.to_json()),
+                    "method": arguments.method,
+                    "unhealed": before,
+                    "healed": after,
+                    "back": back,
+                    "seconds": healing.seconds,
+                    "share": healing.share,
+                }
+            )
+            if arguments.json:
+                found = {"machine": str(Machine.here()), "tokens": arguments.tokens, "original": original, "rows": rows}
+                arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _show(drops: object, groups: object, which: str, found: Mapping[str, Any], note: str = "") -> None:

@@ -70,7 +70,7 @@ def _write(model: nn.Module, rows: int, length: int) -> Tensor:
         made = generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            eos_token_id=-1,  # no token: a text that ends is followed by another one
+            eos_token_id=vocabulary,  # no token: a text that ends is followed by another one
             max_new_tokens=length - 1,
             do_sample=True,
             temperature=1.0,

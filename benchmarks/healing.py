@@ -4,8 +4,9 @@
 
 SmolLM2-135M. For each plan (so many attentions of least KL dropped, and so many of the FFNs then next to each other in
 groups of two) the perplexity and the KL to the original, unhealed and healed, with ``--linear`` also with linear maps
-in place of the dropped attentions, on two kinds of text that take part in nothing else: "near", topics of Python's documentation that were not healed on, and "far", licence texts. It is healed
-on other topics, on docstrings of the standard library, and on text that the model writes itself.
+in place of the dropped attentions. They are measured on two kinds of text that take part in nothing else: "near",
+topics of Python's documentation that were not healed on, and "far", licence texts. It is healed on other topics, on
+docstrings of the standard library, and on text that the model writes itself.
 """
 
 from __future__ import annotations

@@ -33,6 +33,9 @@ def heal(
     length: Sequence = 256,
     tokens: Annotated[int, typer.Option(min=1, help="tokens of each text")] = 16384,
     batch: Batch = 2,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="how long to go on; what is not begun by then stays as it is")
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FOLDER", help="keep what is done here, and go on from it")
     ] = None,
@@ -72,6 +75,7 @@ def heal(
         chosen,
         kinds,
         method.split(","),  # type: ignore[arg-type]  # checked where it is used
+        minutes=minutes,
         resume=resume,
         progress=not json,
     )

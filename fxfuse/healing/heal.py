@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from fxfuse._common.bounds import check_count
+from fxfuse._common.bounds import check_bound, check_count
 from fxfuse._common.progress import bar
 from fxfuse._torch.compiled import original
 from fxfuse._torch.dynamo import originals_forbidden
@@ -99,6 +99,7 @@ def heal(
     method: Method | Sequence[Method] = "fit",
     *,
     held_out: float = 0.2,
+    minutes: float | None = None,
     block: int = 8192,
     training: Training = Training(),  # noqa: B008 - it is frozen
     resume: str | os.PathLike[str] | None = None,
@@ -126,6 +127,7 @@ def heal(
             writes itself (:func:`fxfuse.data.own_text.written_by` writes more).
         method: how, or several, each going on from the one before.
         held_out: share of the batches of each kind that is not fitted to, but chooses and decides.
+        minutes: how long to go on; steps that are not begun by then stay as they are. Judging comes on top.
         block: the most inputs of a map that are solved for at once, which takes ``8 * block ** 2`` bytes a few times
             over. A wider map, as of a group of FFNs, is solved in blocks.
         training: how regions are trained.
@@ -146,6 +148,8 @@ def heal(
     own = original(model)
     methods = _checked(chosen, method)
     check_count("block", block)
+    check_bound("minutes", minutes, "a time")
+    until = math.inf if minutes is None else started + 60 * minutes
     if healed_for(own) is not None:
         raise HealError("the model was healed already, so it is no longer the original: load that again")
     text = kinds(batches, held_out, lambda: written_by(own, OWN_TOKENS, progress=progress))
@@ -161,7 +165,7 @@ def heal(
         for name in methods:
             samples = _samples(own, chosen, text, weights, name)
             state = State(Path(resume) / name, own, chosen, text, settings[name]) if resume is not None else None
-            weights |= _improve(samples, name, improves[name], state, outcomes, progress)
+            weights |= _improve(samples, name, improves[name], state, outcomes, until, progress)
             anew |= {each for step in samples[0].pair.steps for each in step.anew}
             del samples
         change = _Change(own, weights, frozenset(anew))
@@ -170,7 +174,8 @@ def heal(
         own.get_parameter(name).copy_(new)
     if share:
         mark_healed(own, chosen)
-    return Healing(tuple(outcomes), kl, share, outcomes[0].tokens, time.monotonic() - started)
+    tokens = outcomes[0].tokens if outcomes else (0, 0)
+    return Healing(tuple(outcomes), kl, share, tokens, time.monotonic() - started)
 
 
 def _checked(plan: object, method: object) -> list[str]:
@@ -203,6 +208,7 @@ def _improve(
     improve: Improve,
     state: State | None,
     outcomes: list[Outcome],
+    until: float,
     progress: bool,
 ) -> dict[str, Tensor]:
     steps = len(samples[0].pair.steps)
@@ -217,7 +223,7 @@ def _improve(
             outcomes.append(outcome)
 
         known = list(state.weights) if state is not None else []
-        return front_to_back(samples, improve, known, keep, lambda: advance(1))
+        return front_to_back(samples, improve, known, keep, lambda: advance(1), until)
 
 
 def _part(kind: Kind, held: bool) -> Sequence[Mapping[str, object]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -59,8 +61,9 @@ def front_to_back(
     known: Sequence[Mapping[str, Tensor]] = (),
     keep: Callable[[Mapping[str, Tensor], Outcome], None] = lambda weights, outcome: None,
     done: Callable[[], None] = lambda: None,
+    until: float = math.inf,
 ) -> dict[str, Tensor]:
-    """Improve all steps: the new parameters by name.
+    """Improve all steps, or as many as there is time for: the new parameters by name.
 
     Args:
         samples: at the start of their way.
@@ -68,9 +71,12 @@ def front_to_back(
         known: what a run before found for the first steps.
         keep: is given what each further step found.
         done: is called after each step.
+        until: a time of ``time.monotonic()`` after which no further step is begun.
     """
     weights: dict[str, Tensor] = {}
     for number in range(len(samples[0].pair.steps)):
+        if time.monotonic() > until:
+            break
         for sample in samples:
             sample.pair.reach()
         if number < len(known):

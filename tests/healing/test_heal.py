@@ -108,6 +108,20 @@ def test_training_brings_it_nearer_too(method: Any) -> None:
     assert not any(name.startswith(("model.embed", "model.layers.0", "model.norm", "lm_head")) for name in changed)
 
 
+def test_when_the_time_is_over_the_steps_not_begun_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained()
+    before = weights(model)
+    clock = itertools.count(0.0, 30.0)  # a look at it before each step, after one at the start
+    monkeypatch.setattr("fxfuse.healing.heal.time.monotonic", lambda: next(clock))
+    healing = fxfuse.heal(model, DROP, text(), minutes=1)
+
+    assert [each.branches for each in healing.outcomes] == [("model.layers.1.mlp",), ("model.layers.2.self_attn",)]
+    assert not torch.equal(model.state_dict()["model.layers.1.mlp.down_proj.weight"],
+                           before["model.layers.1.mlp.down_proj.weight"])  # fmt: skip
+    assert torch.equal(model.state_dict()["model.layers.2.mlp.down_proj.weight"],
+                       before["model.layers.2.mlp.down_proj.weight"])  # fmt: skip
+
+
 def test_text_of_its_own_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxfuse.healing.heal.OWN_TOKENS", 80 * 256)
     healing = fxfuse.heal(trained(), DROP, {"given": text(), "own": "self"})
@@ -231,6 +245,7 @@ BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (Plan(drop=["model.layers.7.self_attn"]), text(), {}, PlanError, "model.layers.7.self_attn"),
     (DROP, text(), {"held_out": 0.0}, OptionError, "held_out"),
     (DROP, text(), {"block": 0}, OptionError, "block"),
+    (DROP, text(), {"minutes": -1.0}, OptionError, "minutes"),
     (DROP, text(), {"method": "prayer"}, OptionError, "prayer"),
     ({"drop": []}, text(), {}, OptionError, "fxfuse.Plan"),
 ]

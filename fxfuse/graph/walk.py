@@ -6,12 +6,13 @@ nodes ``again`` of a stage, can be computed as often as one likes before the run
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from fxfuse._torch.ops import REGIONS
 from fxfuse.errors import CaptureError
 from fxfuse.graph.ops import is_barrier
 from fxfuse.graph.rerun import Program, Rerun, Values
@@ -121,13 +122,9 @@ class Walk:
 
 
 def _check_closed(nodes: Sequence[fx.Node]) -> None:
-    entered = sum(_targets(node, "_enter_autocast") - _targets(node, "_exit_autocast") for node in nodes)
-    if entered:
+    names = Counter(getattr(node.target, "__name__", "") for node in nodes if is_barrier(node))
+    if any(names[enter] != names[leave] for enter, leave in REGIONS):
         raise CaptureError(
             "the model's residual stream runs through an autocast region of its own, and a run cannot stop there: "
             "take autocast out of its forward, or convert the model to the dtype instead"
         )
-
-
-def _targets(node: fx.Node, name: str) -> bool:
-    return getattr(node.target, "__name__", "") == name

@@ -21,7 +21,7 @@ FOREIGN = {
     "measure/tasks/harness.py": {"_stderr"},
 }
 """Private names that are not torch's: Triton has no public way to ask for the driver that is set, nor Hugging Face's
-Trainer for how it moves batches and on how many GPUs of a process it splits them. The last is part of lm_eval's keys."""
+Trainer for how it moves batches and on how many GPUs of a process it splits them. The last is of lm_eval's keys."""
 
 PUBLIC = ("torch.ops.aten", "ops.aten", "sys")
 """What torch does not hide: names of ops, which graphs hold, and Python's own ``sys._getframe``."""

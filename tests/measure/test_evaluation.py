@@ -374,6 +374,7 @@ class TestPrinting:
         assert json.loads(Metrics(1, 1, math.inf, (math.nan, math.nan)).to_json()) == {
             "tokens": 1, "sequences": 1, "perplexity": None, "perplexity_interval": [None, None], "kl": None,
             "kl_interval": None, "agreement": None, "agreement_interval": None, "confidence": 0.95,
+            "tasks": [], "reference_tasks": [],
         }  # fmt: skip
 
 

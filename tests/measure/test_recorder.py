@@ -178,14 +178,14 @@ def test_only_what_a_drop_changes_runs_again(monkeypatch: pytest.MonkeyPatch) ->
 
     from fxfuse.graph.rerun import Program
 
-    original = Program._execute
+    original = Program.execute
 
     def counting(self: Program, node: Any, values: Any) -> object:
         nonlocal calls
         calls += node.target is real
         return original(self, node, values)
 
-    monkeypatch.setattr(Program, "_execute", counting)
+    monkeypatch.setattr(Program, "execute", counting)
 
     fxfuse.record(model, [{"x": vectors(2, 5, 8)}], max_group=0)
 

@@ -30,6 +30,7 @@ from fxfuse.healing.steps import Improve, Outcome, Sample, front_to_back
 from fxfuse.healing.text import Kind, Text, kinds
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.measure.planned import Planned
+from fxfuse.measure.resume import digest_batch
 from fxfuse.model.force import uncompiled
 from fxfuse.model.healed import healed_for, mark_healed
 from fxfuse.plan import Plan
@@ -164,7 +165,8 @@ def heal(
     with eval_mode(own), uncompiled(own), originals_forbidden():
         for name in methods:
             samples = _samples(own, chosen, text, weights, name)
-            state = State(Path(resume) / name, own, chosen, text, settings[name]) if resume is not None else None
+            begun = f"{settings[name]} from {digest_batch(weights)}"  # what a method found depends on those before it
+            state = State(Path(resume) / name, own, chosen, text, begun) if resume is not None else None
             weights |= _improve(samples, name, improves[name], state, outcomes, until, progress)
             anew |= {each for step in samples[0].pair.steps for each in step.anew}
             del samples

@@ -112,7 +112,7 @@ def _linear_map(name: str, term: Term, weights: Mapping[fx.Node, str], constant:
     held = [last.weight] if last.bias is None else [last.weight, last.bias]
     for each in held:
         if each not in weights:
-            return "its weight is computed from others (quantized, or an adapter)"
+            return "its weight is no parameter (a buffer), or computed from others (quantized, or an adapter)"
         if len(each.users) > 1:
             return f"{weights[each]} has other uses"
     return LinearMap(name, last.input, last.weight, last.bias, last.transposed, last.fan_in, scale)

@@ -80,7 +80,8 @@ def front_to_back(
         for sample in samples:
             sample.pair.reach()
         if number < len(known):
-            new = dict(known[number])
+            own = samples[0].pair.weights()  # a file's tensors are on the CPU
+            new = {name: value.to(own[name].device) for name, value in known[number].items()}
         else:
             new, outcome = improve(samples)
             keep(new, outcome)

@@ -77,6 +77,7 @@ def find_targets(planned: Captured, originals: Sequence[ResidualStream], plan: P
         plan: the plan.
     """
     gm, names = planned.gm, planned.names
+    own = {node: names[node] for node in _trainable(planned)}
     constant = weight_only(gm, parameters(gm, names))
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     places = {b.name: (stream, n) for stream in originals for n, each in enumerate(stream.sums) for b in each.branches}
@@ -88,7 +89,7 @@ def find_targets(planned: Captured, originals: Sequence[ResidualStream], plan: P
         for each in stream.sums:
             maps: dict[str, LinearMap | str] = {}
             for branch in each.branches:
-                maps |= linear_maps(branch, names, constant)
+                maps |= linear_maps(branch, own, constant)
             if lost := next((name for name in maps if name not in places), None):
                 raise CaptureError(f"{lost!r} of the planned model is no branch of the original: it cannot be healed")
             inside |= maps.keys()

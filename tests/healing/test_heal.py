@@ -233,6 +233,29 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
     assert_same_weights(model, before)
 
 
+def test_a_method_goes_on_only_from_what_those_before_it_found(tmp_path: Path) -> None:
+    training = Training(epochs=1)
+    fxfuse.heal(trained(), DROP, text(), "local", training=training, resume=tmp_path)
+    model = trained()
+    before = weights(model)
+
+    with pytest.raises(HealError, match="another method"):
+        fxfuse.heal(model, DROP, text(), ["fit", "local"], training=training, resume=tmp_path)
+    assert_same_weights(model, before)
+
+
+def test_weights_that_are_no_parameters_are_left_alone() -> None:
+    model = trained()
+    down = model.model.layers[1].mlp.down_proj
+    frozen = down.weight.detach().clone()
+    del down.weight
+    down.register_buffer("weight", frozen)
+    healing = fxfuse.heal(model, DROP, text())
+
+    assert [each.branches[0] for each in healing.outcomes] == ["model.layers.2.self_attn", "model.layers.2.mlp"]
+    assert torch.equal(down.weight, frozen)
+
+
 BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (Plan(), text(), {}, HealError, "plan is empty"),
     (DROP, [], {}, HealError, "there are 0 batches"),

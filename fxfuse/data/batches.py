@@ -71,6 +71,13 @@ def call(model: Model, number: int, batch: Batch) -> object:
 @contextmanager
 def blaming(number: int, batch: Batch) -> Iterator[None]:
     """What a model raises inside is said of ``batch``, the ``number``-th; see :func:`call`."""
+    with telling(f"the model cannot be called with batch {number} ({_keys(batch)})"):
+        yield
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """An error inside becomes a RecordError that says ``what`` failed, and its reason; one of fxfuse's stays itself."""
     try:
         yield
     except Exception as error:
@@ -78,9 +85,7 @@ def blaming(number: int, batch: Batch) -> Iterator[None]:
         if isinstance(reason, FxfuseError):
             raise reason from error
         first = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
-        raise RecordError(
-            f"the model cannot be called with batch {number} ({_keys(batch)}): {type(reason).__name__}: {first}"
-        ) from error
+        raise RecordError(f"{what}: {type(reason).__name__}: {first}") from error
 
 
 def fresh(batch: Batch) -> dict[str, object]:

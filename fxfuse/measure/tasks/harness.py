@@ -17,9 +17,8 @@ from torch import nn
 from fxfuse._common.bounds import check_count
 from fxfuse._common.progress import bar
 from fxfuse._torch.compiled import original
-from fxfuse._torch.dynamo import innermost
-from fxfuse.data.batches import Model, eval_mode
-from fxfuse.errors import FxfuseError, MissingDependencyError, OptionError, RecordError, nearest
+from fxfuse.data.batches import Model, eval_mode, telling
+from fxfuse.errors import MissingDependencyError, OptionError, nearest
 from fxfuse.measure.tasks.scores import TaskScore
 from fxfuse.measure.tasks.shipped import SHIPPED, config
 
@@ -125,7 +124,7 @@ def _manager(others: Sequence[str]) -> TaskManager:
 
 def _loaded(names: Sequence[str]) -> TaskDict:
     manager = _manager(_others(names))
-    with _blaming("load the tasks"):
+    with telling("lm_eval could not load the tasks"):
         loaded: TaskDict = manager.load([config(name) if name in SHIPPED else name for name in names])
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -137,7 +136,7 @@ def _loaded(names: Sequence[str]) -> TaskDict:
 def _evaluated(lm: HFLM, loaded: TaskDict, limit: int | None) -> EvalResults:
     import lm_eval
 
-    with _blaming("run the tasks"):
+    with telling("lm_eval could not run the tasks"):
         found: EvalResults = lm_eval.evaluate(lm, loaded, limit=limit, log_samples=True)
     return found
 
@@ -198,15 +197,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _blaming(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        reason = innermost(error)
-        if isinstance(reason, FxfuseError):
-            raise reason from error
-        first = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
-        raise RecordError(f"lm_eval could not {what}: {type(reason).__name__}: {first}") from error

@@ -24,6 +24,7 @@ from fxfuse.data.batches import blaming, check_batch, eval_mode, fresh, logits_o
 from fxfuse.errors import NotFiniteError, OptionError, RecordError
 from fxfuse.measure.divergence import Divergence, cosine_distance, rows
 from fxfuse.measure.instrument import Instrumented
+from fxfuse.measure.provenance import provenance
 from fxfuse.measure.recording import BranchRecord, GroupRecord, Recording, model_digest
 from fxfuse.measure.resume import State, digest_batch
 from fxfuse.measure.statistics import Tally
@@ -259,6 +260,7 @@ class Recorder:
             tokens=self.tokens,
             plan=self.plan,
             model=self.digest,
+            made=provenance(),
         )
 
 

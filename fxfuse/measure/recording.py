@@ -93,6 +93,7 @@ class Recording:
         tokens: how many token positions every number averages over.
         plan: what the recorded model followed.
         model: digest of names and shapes, and of weights; see :func:`model_digest`.
+        made: when and by what; see :func:`fxfuse.measure.provenance.provenance`. Empty if the file does not say.
     """
 
     branches: tuple[BranchRecord, ...]
@@ -106,6 +107,7 @@ class Recording:
     tokens: int
     plan: Plan = field(default_factory=Plan)
     model: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, str] = field(default_factory=dict)
 
     def index(self, name: str) -> int:
         """The row and column of the branch ``name``.
@@ -167,6 +169,7 @@ class Recording:
             "tokens": self.tokens,
             "plan": json.loads(self.plan.to_json()),
             "model": dict(self.model),
+            "made": dict(self.made),
         }
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         return save(tensors, {FORMAT: json.dumps(header, sort_keys=True)})  # one entry: their order is not defined
@@ -203,7 +206,8 @@ class Recording:
             branches = tuple(BranchRecord(**branch) for branch in header["branches"])
             groups = tuple(GroupRecord(**{**g, "branches": tuple(g["branches"])}) for g in header["groups"])
             made = cls(branches=branches, groups=groups, tokens=int(header["tokens"]), plan=plan,
-                       model=header["model"], **{name: tensors[name] for name in _TENSORS})  # fmt: skip
+                       model=header["model"], made=_texts(header.get("made", {})),
+                       **{name: tensors[name] for name in _TENSORS})  # fmt: skip
         except (KeyError, TypeError, ValueError, PlanError) as error:
             raise RecordError(
                 f"recording {shown} is damaged ({type(error).__name__}: {error}); record again"
@@ -217,6 +221,12 @@ class Recording:
         wrong = [name for name in _TENSORS if tuple(getattr(self, name).shape) != shapes[name]]
         if wrong or any(branch.kind not in get_args(Kind) for branch in self.branches):
             raise RecordError(f"recording {shown} is damaged: {', '.join(wrong) or 'kinds'} do not fit; record again")
+
+
+def _texts(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"'made' holds texts by name, not {value!r}")
+    return value
 
 
 def _without_nan(value: object) -> object:

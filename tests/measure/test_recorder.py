@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +452,36 @@ def test_a_recording_is_read_as_it_was_written_and_fits_its_model_only(recorded:
         recording.index("layers.9.mlp")
     with pytest.raises(RecordError, match="there is no recording"):
         fxfuse.Recording.load(recorded.with_name("nowhere"))
+
+
+def test_a_recording_says_when_and_by_what_it_was_made(recorded: Path) -> None:
+    made = fxfuse.Recording.load(recorded).made
+
+    assert abs(datetime.now(UTC).date() - date.fromisoformat(made["date"])) <= timedelta(days=1)
+    assert made["torch"] == torch.__version__
+    assert set(made) == {"date", "fxfuse", "torch"}
+
+
+@pytest.mark.parametrize("made", [None, [], {"date": 5}])
+def test_a_recording_of_an_older_version_says_nothing_and_a_damaged_one_is_an_error(
+    made: object, recorded: Path, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(recorded, "pt") as file:
+        header = json.loads(file.metadata()["fxfuse-recording"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    header["made"] = made
+    if made is None:
+        del header["made"]
+    save_file(tensors, tmp_path / "other", {"fxfuse-recording": json.dumps(header)})
+
+    if made is None:
+        assert fxfuse.Recording.load(tmp_path / "other").made == {}
+    else:
+        with pytest.raises(RecordError, match="damaged.*'made' holds texts"):
+            fxfuse.Recording.load(tmp_path / "other")
 
 
 @pytest.fixture(scope="module")

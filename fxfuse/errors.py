@@ -46,6 +46,10 @@ class LoadError(FxfuseError):
     """A model could not be loaded from what was given."""
 
 
+class ReportError(FxfuseError):
+    """Results of a search that cannot be read, or are none."""
+
+
 class KernelError(FxfuseError):
     """A kernel was asked for what it cannot compute: shapes that do not fit, a dtype or a GPU it does not know."""
 

@@ -301,6 +301,27 @@ MUTATIONS = (
         "if left < least:",
         ("tests/healing/test_heal.py", "-k", "one_kind"),
     ),
+    Mutation(
+        "let a name end the page's data",
+        "fxfuse/report/page/page.py",
+        r'.replace("<", "\\u003c")',
+        "",
+        ("tests/report/page/test_page.py", "-k", "names_stay_text"),
+    ),
+    Mutation(
+        "paint the distances of the column before",
+        "fxfuse/report/page/matrix.py",
+        "        column = i + 1\n",
+        "        column = i\n",
+        ("tests/report/page/test_matrix.py",),
+    ),
+    Mutation(
+        "draw a private sequence as members side by side",
+        "fxfuse/report/page/stream.py",
+        "members += drawn if isinstance(member, str) else",
+        "members += drawn if drawn else",
+        ("tests/report/page/test_stream.py",),
+    ),
 )
 
 

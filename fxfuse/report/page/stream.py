@@ -24,8 +24,8 @@ def section(subject: Subject, plan: Plan) -> Element:
 def _summary(subject: Subject, plan: Plan) -> str:
     edits = [f"{len(plan.drop)} dropped"] * bool(plan.drop) + [f"{len(plan.linear)} made linear"] * bool(plan.linear)
     if plan.parallel:
-        members, steps = sum(map(len, plan.parallel)), len(plan.parallel)
-        edits.append(f"{members} in parallel in {steps} step{'s' * (steps > 1)}")
+        members, groups = sum(len(flat(group)) for group in plan.parallel), len(plan.parallel)
+        edits.append(f"{members} in {groups} group{'s' * (groups > 1)} in parallel")
     told = f"Of {len(subject.recording.branches)} branches, {', '.join(edits) or 'none is edited'}. "
     told += "The stream runs from left to right; a group stands where its first member stood. "
     named = subject.numbers != [str(index) for index in range(len(subject.numbers))]
@@ -83,7 +83,8 @@ def _group(subject: Subject, number: int, group: Group, records: dict[str, Branc
         names = (member,) if isinstance(member, str) else member
         drawn = [_branch(subject, records[name]) for name in names if name in records]
         members += drawn if isinstance(member, str) else [e("span", *drawn, class_="sequence")]
-    width = sum(records[name].width for name in flat(group) if name in records)
+    plain = [member for member in group if isinstance(member, str)]
+    width = sum(records[name].width for name in plain if name in records) if len(plain) == len(group) else 0
     words = f"{len(group)} side by side" + (f", {width:,} hidden units" if width else "")
     title = f"group {number}: {words}"
     told = "\n".join([title, *(" then ".join((m,) if isinstance(m, str) else m) for m in group)])

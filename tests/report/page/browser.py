@@ -141,7 +141,7 @@ def browser() -> Iterator[Browser]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [CHROMIUM, "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-gpu",
-             "--no-first-run", "--hide-scrollbars", *["--no-sandbox"] * (os.getuid() == 0)],
+             "--no-first-run", "--hide-scrollbars", "--no-sandbox"],
             pass_fds=(3, 4), preexec_fn=as_3_and_4, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fxfuse import Plan
 from fxfuse.report.page import save_report
 from tests.report.page.browser import CHROMIUM, Browser, browser
 from tests.report.page.pages import RESULTS, layers, plan_of_layers
@@ -37,7 +38,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "page.html"
-    save_report(layers(126), path, plan_of_layers(), RESULTS)
+    wide = [f"model.layers.{index}.mlp" for index in range(10, 50)]
+    long = [[f"model.layers.{i}.{part}" for i in range(at, at + 9) for part in ("attn", "mlp")] for at in (60, 69)]
+    save_report(layers(126), path, Plan(parallel=[wide, long]), RESULTS)
     return path
 
 

@@ -36,6 +36,7 @@ def test_a_group_is_one_box_that_names_its_members_and_its_width() -> None:
         ["A4", "F4"],
         ["A5", "F5"],
     ]
+    assert blocks.all(class_="title")[0].text == "group 1: 2 side by side"
     assert "model.layers.4.attn then model.layers.4.mlp" in blocks.all(class_="title")[0].attributes["aria-label"]
 
 

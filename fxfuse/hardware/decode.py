@@ -108,37 +108,27 @@ def step(layout: Layout, setting: Setting) -> Terms:
             total += _branch(shape, layout.d, setting)
         total += _reduced(part.streams * layout.d, setting)
     own = _share(layout.vocabulary, "the vocabulary", setting)
-    total += _pass(4 * layout.d, setting) + _product(layout.d * own, layout.d + own, setting)
+    total += _pass(4 * layout.d, setting) + _products(1, layout.d * own, layout.d + own, setting)
     return total + _reduced(own, setting) + _pass(2 * layout.vocabulary, setting)  # gathered, then sampled from
 
 
 def _branch(shape: Shape, d: int, setting: Setting) -> Terms:
-    """A branch on one GPU, without its all-reduce."""
+    """A branch on one GPU, without its all-reduce. Rows: what its products make of a token, and read of it again."""
     gpus, norm = setting.tensor_parallel, _pass(4 * d, setting)
-    own = shape.weights / gpus
+    own, rows = shape.weights / gpus, shape.weights / d / gpus
     if shape.kind == "linear":
-        return norm + _product(own, d + d / gpus, setting)
+        return norm + _products(1, own, 2 * d, setting)
     if shape.kind == "ffn":
-        width = _share(shape.width, f"the hidden units of {shape.name}", setting)
-        up = shape.weights / d - shape.width  # rows of gate and up together
-        first, second = own * up / (up + shape.width), own * shape.width / (up + shape.width)
-        return (
-            norm
-            + _product(first, d + up / gpus, setting)
-            + _pass(up / gpus + width, setting)
-            + _product(second, width + d, setting)
-        )
-    inner = shape.weights / d - d  # queries, keys and values, where the output is as wide as the stream
-    products = _product(own * inner / (inner + d), d + inner / gpus, setting)
-    products += _product(own * d / (inner + d), d / gpus + d, setting)
-    return norm + products + _attend(shape, inner / gpus, setting)
+        _share(shape.width, f"the hidden units of {shape.name}", setting)
+        return norm + _products(2, own, 2 * d + rows, setting) + _pass(rows, setting)
+    return norm + _products(2, own, 2 * d + rows, setting) + _attend(shape, rows, setting)
 
 
-def _attend(shape: Shape, rotated: float, setting: Setting) -> Terms:
+def _attend(shape: Shape, rows: float, setting: Setting) -> Terms:
     """Rotary embedding, attention and the combination of its parts; the arithmetic hides behind reading the cache."""
     assume = setting.assume
     held = setting.batch * setting.context * shape.cache / min(setting.tensor_parallel, shape.heads)
-    passes = _pass(2 * rotated, setting) + _pass(2 * rotated, setting)
+    passes = _pass(rows, setting) + _pass(rows, setting)
     return Terms(
         cache=ACTIVATION * held / (setting.gpu.bandwidth * assume.bandwidth),
         activations=passes.activations,
@@ -147,8 +137,8 @@ def _attend(shape: Shape, rotated: float, setting: Setting) -> Terms:
     )
 
 
-def _product(weights: float, activations: float, setting: Setting) -> Terms:
-    """A product with so many ``weights``, for each sequence with so many ``activations`` read and written."""
+def _products(count: int, weights: float, activations: float, setting: Setting) -> Terms:
+    """So many products with ``weights`` in all; for each sequence with so many ``activations`` read and written."""
     gpu, assume = setting.gpu, setting.assume
     quarter = setting.precision == "float8" and gpu.quarter_flops
     peak = gpu.quarter_flops if quarter else gpu.half_flops  # float4 weights are widened
@@ -157,8 +147,8 @@ def _product(weights: float, activations: float, setting: Setting) -> Terms:
     return Terms(
         weights=max(reading, multiplying),
         activations=_moved(activations, setting),
-        launches=assume.gemm_launch,
-        kernels=1,
+        launches=count * assume.gemm_launch,
+        kernels=count,
     )
 
 

@@ -20,7 +20,7 @@ fitted to one:
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from fxfuse.errors import KernelError
@@ -60,7 +60,7 @@ class Setting:
             raise KernelError("the number of GPUs, the batch and the context must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Terms:
     """Seconds of a decode step, by what they go to; and how many kernels and all-reduces there are.
 
@@ -83,7 +83,7 @@ class Terms:
     reductions: int = 0
 
     def __add__(self, other: Terms) -> Terms:
-        return Terms(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
+        return Terms(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
     @property
     def parts(self) -> dict[str, float]:

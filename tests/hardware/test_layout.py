@@ -50,6 +50,8 @@ def test_a_group_stands_where_its_first_member_stood_and_is_one_ffn() -> None:
     assert runs(found)[3] == ("f2+f1",)
     assert (found.parts[3].run[0].width, found.parts[3].run[0].weights) == (35, 3 * 8 * 35)
     assert found.weights == blocks(4).weights - 256
+    late = names(planned(blocks(11), Plan(parallel=[["f10", "f9"]])))
+    assert late[-2:] == [("f10", "f9"), ("a10",)]
 
 
 def test_attentions_and_ffns_that_cannot_join_share_an_all_reduce_and_no_matrix() -> None:

@@ -106,14 +106,17 @@ def _layouts(model: str, plan: Plan | None) -> list[Layout]:
     if model in released.NAMES:
         found = released.find(model)
     else:
+        from torch import Tensor
+
         from fxfuse.errors import LoadError
         from fxfuse.report.shapes import layout_of
 
         loaded = load(model, None, None, None, None)
-        if not loaded.reads_tokens:
+        ids = loaded.kwargs.get("input_ids")
+        if not loaded.reads_tokens or not isinstance(ids, Tensor):
             raise LoadError(f"{model} is no language model that is called with input_ids alone; only such are priced")
         plan = plan_for(loaded, plan)
-        found = layout_of(loaded.model, loaded.kwargs["input_ids"], model)
+        found = layout_of(loaded.model, ids, model)
     return [found] if plan is None else [found, replace(planned(found, plan), name=f"{found.name}, planned")]
 
 
@@ -147,9 +150,9 @@ def _curves(layouts: list[Layout], setting: Setting) -> tuple[Curves, Curves]:
     from fxfuse.hardware.decode import step
     from fxfuse.report.curves import Curves
 
-    def ms(layout: Layout, **size: int) -> float:
-        return step(layout, replace(setting, **size)).seconds * 1e3
+    def ms(settings: list[Setting]) -> dict[str, list[float]]:
+        return {layout.name: [step(layout, varied).seconds * 1e3 for varied in settings] for layout in layouts}
 
-    over_batch = {layout.name: [ms(layout, batch=size) for size in BATCHES] for layout in layouts}
-    over_context = {layout.name: [ms(layout, context=size) for size in CONTEXTS] for layout in layouts}
+    over_batch = ms([replace(setting, batch=size) for size in BATCHES])
+    over_context = ms([replace(setting, context=size) for size in CONTEXTS])
     return Curves("sequences in a batch", BATCHES, over_batch), Curves("tokens in the cache", CONTEXTS, over_context)

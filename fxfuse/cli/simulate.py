@@ -99,10 +99,11 @@ def simulate(
 
 
 def _layouts(model: str, plan: Plan | None) -> list[Layout]:
-    """A model as it is, and under the plan: one given, or the one that it needs."""
+    """A model as it is, and under the plan that is given; one that needs its own plan under that alone."""
     from fxfuse.hardware import released
     from fxfuse.hardware.layout import planned
 
+    needed = False
     if model in released.NAMES:
         found = released.find(model)
     else:
@@ -115,9 +116,21 @@ def _layouts(model: str, plan: Plan | None) -> list[Layout]:
         ids = loaded.kwargs.get("input_ids")
         if not loaded.reads_tokens or not isinstance(ids, Tensor):
             raise LoadError(f"{model} is no language model that is called with input_ids alone; only such are priced")
-        plan = plan_for(loaded, plan)
+        plan, needed = plan_for(loaded, plan), loaded.plan is not None
         found = layout_of(loaded.model, ids, model)
-    return [found] if plan is None else [found, replace(planned(found, plan), name=f"{found.name}, planned")]
+    if plan is None:
+        return [found]
+    made = replace(planned(found, _left(plan, found) if needed else plan), name=f"{found.name}, planned")
+    return [made] if needed else [found, made]
+
+
+def _left(plan: Plan, layout: Layout) -> Plan:
+    """What is still to be done of a plan that a model was saved with: what it drops or made linear may be gone."""
+    from fxfuse.plan import Plan
+
+    names = {shape.name for shape in layout.shapes}
+    drop, linear = ([name for name in edited if name in names] for edited in (plan.drop, plan.linear))
+    return Plan(drop=drop, linear=linear, parallel=plan.parallel)
 
 
 def _line(layout: Layout, terms: Terms, first: float, setting: Setting) -> Line:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor, nn
 
+import fxfuse
 from fxfuse import Plan
 from tests.cli.test_main import TINY, run
 from tests.models.tiny import llama, tokens
@@ -16,6 +17,14 @@ PAPER = ["llama-405b", "nemotron-253b", "--tensor-parallel", "8", "--weights", "
 
 def tiny_llama() -> tuple[nn.Module, tuple[()], dict[str, Tensor]]:
     return llama(3), (), {"input_ids": tokens()}
+
+
+def pruned_llama() -> tuple[nn.Module, tuple[()], dict[str, Tensor]]:
+    model = llama(3)
+    names = [f"model.layers.{block}" for block in range(3)]
+    group = [f"{name}.mlp" for name in names[1:]]
+    plan = Plan(drop=[f"{names[2]}.self_attn"], linear=[f"{names[1]}.self_attn"], parallel=[group])
+    return fxfuse.apply(model, plan, inner="eager"), (), {"input_ids": tokens()}
 
 
 @pytest.fixture
@@ -60,6 +69,15 @@ def test_a_users_model_as_it_is_and_under_a_plan(capsys: pytest.CaptureFixture[s
     assert after["speed-up"] > 1
     needs = json.loads(out)["memory, bytes on each GPU"]
     assert needs[f"{LLAMA}, planned"]["copied"] == 2 * 2 * 3 * 32 * 40
+
+
+def test_a_model_that_needs_its_plan_is_priced_under_that_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "simulate", f"{__name__}:pruned_llama", "--json")
+    assert code == 0, err
+    (line,) = json.loads(out)["modelled"]
+    assert line["model"].endswith(":pruned_llama, planned")
+    # embedding, head's three; an attention of six, a linear map of two, an FFN and a wide one of four
+    assert line["kernels"] == 4 + 6 + 2 + 4 + 4
 
 
 def test_a_plan_of_a_released_model_is_priced_by_its_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_terms_add_up_and_models_are_compared_with_the_first(capsys: pytest.Capt
     assert found["memory, bytes on each GPU"]["llama-405b"]["fits"]
     batch, context = found["curves"]
     assert (batch["sizes"][0], batch["sizes"][-1]) == (1, 256)
+    assert all(curve["ms"]["llama-405b"][-1] > 1.05 * curve["ms"]["llama-405b"][0] for curve in (batch, context))
     assert batch["ms"]["llama-405b"][0] == pytest.approx(first["ms"], abs=1e-3)
     assert context["ms"]["llama-405b"][context["sizes"].index(2048)] == pytest.approx(first["ms"], abs=1e-3)
 

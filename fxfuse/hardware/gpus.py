@@ -2,8 +2,8 @@
 
 Sources: NVIDIA's data sheets "A100 80GB" (2021), "A10" (2021), "RTX A6000" (2021), "H100" (2023) and "H200" (2024),
 dense rates without sparsity; multiprocessors from the architecture whitepapers; shared memory per thread block from the
-CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability". Of the B100, which never got a data
-sheet of its own: NVIDIA's "Blackwell Architecture Technical Brief" (2024); its multiprocessors are those of the B200.
+CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability". Of the B100: NVIDIA's "Blackwell
+Architecture Technical Brief" (2024), and, not told there, the multiprocessors of the B200.
 """
 
 from __future__ import annotations

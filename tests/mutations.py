@@ -322,6 +322,20 @@ MUTATIONS = (
         "members += drawn if drawn else",
         ("tests/report/page/test_stream.py",),
     ),
+    Mutation(
+        "leave a hook of ours where it was inserted",
+        "fxfuse/_torch/modules.py",
+        "    hooks.clear()\n    hooks.update(in_order)\n",
+        "    hooks.update(in_order)\n",
+        ("tests/_torch/test_modules.py",),
+    ),
+    Mutation(
+        "divide a cache among more GPUs than it has heads",
+        "fxfuse/hardware/decode.py",
+        "min(setting.tensor_parallel, shape.heads)",
+        "setting.tensor_parallel",
+        ("tests/hardware/test_decode.py",),
+    ),
 )
 
 

@@ -1,16 +1,19 @@
-"""Dynamo from outside: its settings, its errors, its records. Seen on torch 2.13.0."""
+"""Dynamo from outside: its settings, its errors, its records. Seen on torch 2.11.0 and 2.13.0."""
 
 from __future__ import annotations
 
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._C._dynamo.eval_frame import get_eval_frame_callback as get_eval_frame_callback
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.exc import Unsupported as Unsupported
@@ -91,6 +94,25 @@ def skip(function: Callable[..., object]) -> None:
     """
     assert isinstance(function, types.FunctionType)
     skip_code(function.__code__)
+
+
+def set_aside(backend: Callable[..., object]) -> None:
+    """Let what was compiled with ``backend`` count towards no frame's ``recompile_limit``, from now on.
+
+    ``isolate_recompiles`` does so where torch has it. In torch 2.11.0 what a frame was compiled for counts whoever
+    compiled it, but for what was made for other modules: so these are said to be made for a module that nobody has.
+    """
+    for code in [seen() for seen in input_codes.seen]:
+        for entry in [] if code is None else _debug_get_cache_entry_list(code):
+            if getattr(entry.backend, "compiler_fn", None) is backend:
+                entry.guard_manager.id_matched_objs = {"": weakref.ref(_NOBODY)}
+
+
+class _Nobody:
+    """What no frame has for a local variable."""
+
+
+_NOBODY = _Nobody()
 
 
 def graph_breaks() -> Counter[str]:

@@ -1,4 +1,4 @@
-"""The insides of ``nn.Module``: hooks that were registered, and the dicts of parts. Seen on torch 2.13.0."""
+"""The insides of ``nn.Module``: hooks that were registered, and the dicts of parts. Seen on torch 2.11.0 and 2.13.0."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ PARTS = "_modules"
 def pre_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., object]]:
     """The forward pre-hooks, to look at or take out: the public API only adds, and removes by handles."""
     return module._forward_pre_hooks
+
+
+def put_first(module: nn.Module, hook: Callable[..., object]) -> None:
+    """Register a forward pre-hook that runs before all others, in a dict that Dynamo can count in.
+
+    The public ``prepend=True`` moves the hook within an OrderedDict alone. Dynamo's guards name a hook by its place in
+    ``dict.keys``, which tells the order of insertion: torch 2.11.0 compares it with the wrong hook and dies, 2.13.0
+    does not. So the dict is filled anew, in the order in which it runs.
+    """
+    module.register_forward_pre_hook(hook, prepend=True)
+    hooks = pre_hooks(module)
+    in_order = list(hooks.items())
+    hooks.clear()
+    hooks.update(in_order)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse._torch.compiled import COMPILED_CALL
-from fxfuse._torch.dynamo import innermost
+from fxfuse._torch.dynamo import innermost, set_aside
 from fxfuse.backend.naming import guard_modules, names_in, specialise
 from fxfuse.errors import CaptureError
 from fxfuse.graph.surgery import copy_module
@@ -93,11 +93,17 @@ class _Apart:
         def call(*args: object, **kwargs: object) -> object:
             return model(*args, **kwargs)
 
+        self._lent = lent
         # A code object of its own goes away with the function.
         self._compiled: Callable[..., object] = torch.compile(own_code(call), backend=lent, dynamic=dynamic, **APART)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self._compiled(*args, **kwargs)
+
+    def set_aside(self) -> None:
+        """Let what was compiled so far count towards no limit of the model's other compilations in any torch."""
+        if not APART:
+            set_aside(self._lent)
 
 
 def _lend(made: weakref.ref[Callable[..., object]]) -> Callable[..., object]:
@@ -130,13 +136,16 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> tuple[Captured
         found.append(take(gm, inputs, model))
         return gm.forward
 
+    compiled = _Apart(model, keep, dynamic=False)
     with torch.no_grad(), uncompiled(model):
         try:
-            compiled_apart(model, keep, dynamic=False)(*args, **kwargs)
+            compiled(*args, **kwargs)
         except Exception as error:
             reason = innermost(error)
             first = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
             raise CaptureError(f"the model could not be called and traced: {type(reason).__name__}: {first}") from error
+        finally:
+            compiled.set_aside()
     if not found:
         raise CaptureError(
             "calling the model gave no graph: torch.compile is disabled (TORCH_COMPILE_DISABLE, or "

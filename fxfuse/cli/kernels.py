@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxfuse.cli.shared import DType, Json, app
+from fxfuse.cli.shared import DType, Json, Line, app, show_lines
 
 if TYPE_CHECKING:
     from fxfuse.hardware.cost import Layer
     from fxfuse.hardware.gpus import Gpu
 
-Line = dict[str, str | int | float]
-
 
 @app.command()
 def kernels(
-    gpu: Annotated[str, typer.Option(help="a100, a10, a6000, h100 or h200")] = "h100",
+    gpu: Annotated[str, typer.Option(help="a100, a10, a6000, h100, h200 or b100")] = "h100",
     hidden: Annotated[int, typer.Option(min=1, help="model width")] = 4096,
     width: Annotated[int, typer.Option(min=1, help="hidden units of one FFN")] = 14336,
     fused: Annotated[int, typer.Option(min=1, help="FFNs that become one")] = 4,
@@ -64,7 +62,7 @@ def kernels(
     titles = {"kernels": f"modelled, kernel by kernel, {figures.name}", "measured": "measured, on the GPU here"}
     for key, lines in results.items():
         typer.echo(titles.get(key, f"{key}, {figures.name}"))
-        _show(lines)
+        show_lines(lines)
 
 
 def _modelled(layer: Layer, fused: int, gpu: Gpu) -> list[Line]:
@@ -185,12 +183,3 @@ def _tuned(layer: Layer, fused: int) -> list[Line]:
             }
         )
     return lines
-
-
-def _show(lines: list[Line]) -> None:
-    """As text, as wide as it is: numbers are not cut, into a file neither."""
-    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in line.values()] for line in lines]
-    rows = [list(lines[0]), *cells]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

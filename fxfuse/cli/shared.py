@@ -64,6 +64,9 @@ Batch = Annotated[int | None, typer.Option(min=1, help="sequences in the batch")
 CastTo = Annotated[DType | None, typer.Option("--dtype", help="cast the model to this first")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
+Line = dict[str, str | int | float]
+"""A line of a table, by column."""
+
 
 def load(model: str, dtype: DType | None, text: str | None, length: int | None, batch: int | None) -> Loaded:
     import torch
@@ -156,3 +159,12 @@ def known_backend(name: str) -> str:
     if name not in known:
         raise typer.BadParameter(f"torch knows no backend {name!r}; it knows {', '.join(known)}")
     return name
+
+
+def show_lines(lines: list[Line]) -> None:
+    """As text, as wide as it is: numbers are not cut, into a file neither."""
+    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in line.values()] for line in lines]
+    rows = [list(lines[0]), *cells]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""GPUs by their figures, tiles of kernels, and the times that arithmetic predicts.
+"""GPUs by their figures, tiles of kernels, models as numbers, and the times that arithmetic predicts.
 
-Imports `fxfuse.errors` alone.
+Imports `fxfuse.plan` and `fxfuse.errors` alone.
 """

@@ -3,31 +3,23 @@
 Fusing changes neither bytes nor FLOPs by much. What it saves are launches, idle multiprocessors in the last wave, and
 all-reduces: tensor-parallel GPUs add up once for n FFNs and not n times.
 
-Sources: `times` for the GEMMs. The times of all-reduces are measurements of others: SGLang, pull request 2904, eight
-H100 with NVLink, without CUDA graphs.
+Sources: `times` for the GEMMs, `links` for the all-reduces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
 from fxfuse.errors import KernelError
 from fxfuse.hardware.configs import LOOP_ROWS, Gemm
 from fxfuse.hardware.gpus import Gpu
+from fxfuse.hardware.links import ALL_REDUCE, between
 from fxfuse.hardware.pick import pick
 from fxfuse.hardware.times import USUAL, Assumptions, Estimate, library_gemm, own_gemm, peak
 
-ALL_REDUCE_SECONDS: Mapping[int, float] = {
-    4_096: 5.7e-6,
-    32_768: 7.8e-6,
-    262_144: 16.7e-6,
-    524_288: 22.1e-6,
-    1_048_576: 33.8e-6,
-}
+ALL_REDUCE_SECONDS = ALL_REDUCE[8]
 """By bytes, on eight H100."""
 
 
@@ -105,11 +97,5 @@ def _all_reduce(layer: Layer, assume: Assumptions) -> Estimate:
     """Of the tokens ``[M, d]``: linear between the table's sizes, never faster than its smallest."""
     if layer.tensor_parallel == 1:
         return Estimate(0.0)
-    size, table = layer.tokens * layer.d * layer.item, sorted(ALL_REDUCE_SECONDS.items())
-    if size >= table[-1][0]:
-        return Estimate(max(table[-1][1], size / assume.all_reduce_bandwidth), all_reduces=1)
-    seconds = table[0][1]
-    for (low, fast), (high, slow) in pairwise(table):
-        if low <= size < high:
-            seconds = fast + (size - low) / (high - low) * (slow - fast)
-    return Estimate(seconds, all_reduces=1)
+    size = layer.tokens * layer.d * layer.item
+    return Estimate(between(size, ALL_REDUCE_SECONDS, assume.all_reduce_bandwidth), all_reduces=1)

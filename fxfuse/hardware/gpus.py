@@ -2,7 +2,8 @@
 
 Sources: NVIDIA's data sheets "A100 80GB" (2021), "A10" (2021), "RTX A6000" (2021), "H100" (2023) and "H200" (2024),
 dense rates without sparsity; multiprocessors from the architecture whitepapers; shared memory per thread block from the
-CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability". Of the B100: NVIDIA's "Blackwell
+Architecture Technical Brief" (2024), and, not told there, the multiprocessors of the B200.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ class Gpu:
     """Dense float16 and bfloat16 with float32 sums, FLOP/s, on tensor cores."""
     float_flops: float = 0.0
     """IEEE float32, FLOP/s, not on tensor cores."""
+    quarter_flops: float = 0.0
+    """Dense float8 with float32 sums, FLOP/s; 0 if its tensor cores have none."""
+    memory: float = 0.0
+    """Of the device, bytes."""
+    link: float = 0.0
+    """NVLink to the other GPUs of its machine, both directions together, bytes/s; 0 if it has none."""
 
     @property
     def arch(self) -> int:
@@ -52,11 +59,12 @@ class Gpu:
 
 
 GPUS: Mapping[str, Gpu] = {
-    "a100": Gpu("NVIDIA A100 80GB SXM", 80, 108, 2.039e12, 312e12, 19.5e12),
-    "a10": Gpu("NVIDIA A10", 86, 72, 0.600e12, 125e12, 31.2e12),
-    "a6000": Gpu("NVIDIA RTX A6000", 86, 84, 0.768e12, 154.8e12, 38.7e12),
-    "h100": Gpu("NVIDIA H100 80GB SXM", 90, 132, 3.35e12, 989.4e12, 66.9e12),
-    "h200": Gpu("NVIDIA H200 141GB SXM", 90, 132, 4.8e12, 989.4e12, 66.9e12),
+    "a100": Gpu("NVIDIA A100 80GB SXM", 80, 108, 2.039e12, 312e12, 19.5e12, 0, 80e9, 600e9),
+    "a10": Gpu("NVIDIA A10", 86, 72, 0.600e12, 125e12, 31.2e12, 0, 24e9),
+    "a6000": Gpu("NVIDIA RTX A6000", 86, 84, 0.768e12, 154.8e12, 38.7e12, 0, 48e9),
+    "h100": Gpu("NVIDIA H100 80GB SXM", 90, 132, 3.35e12, 989.4e12, 66.9e12, 1978.9e12, 80e9, 900e9),
+    "h200": Gpu("NVIDIA H200 141GB SXM", 90, 132, 4.8e12, 989.4e12, 66.9e12, 1978.9e12, 141e9, 900e9),
+    "b100": Gpu("NVIDIA B100 192GB", 100, 148, 8e12, 1750e12, 60e12, 3500e12, 192e9, 1800e9),
 }
 """GPUs by short name."""
 

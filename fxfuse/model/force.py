@@ -18,7 +18,7 @@ from torch import nn
 
 from fxfuse._torch.compiled import COMPILED_CALL, set_compiled_call
 from fxfuse._torch.dynamo import GuardFilterEntry, Unsupported, get_eval_frame_callback, skip
-from fxfuse._torch.modules import holds_weights, parts, pre_hooks, set_parts
+from fxfuse._torch.modules import holds_weights, parts, pre_hooks, put_first, set_parts
 from fxfuse._torch.pytree import constant_in_graphs
 from fxfuse._torch.tracing import chosen_backend, traced_with
 from fxfuse.errors import PlanError
@@ -112,11 +112,11 @@ class Watch:
         members = {path: module for path, module in named.items() if path and clean(path) in moved}
         held = Counter(named[path] for member in members for path in _above(member))
         for holder in {*held, model}:
-            holder.register_forward_pre_hook(self.at_root if holder is model else self.at_holder, prepend=True)
+            put_first(holder, self.at_root if holder is model else self.at_holder)
             if holder is model or (held[holder] > 1 and not isinstance(holder, nn.ModuleList)):
                 set_parts(holder, _Watched(parts(holder)))
         for part in {part for member in members.values() for part in _computing(member)} - {*held, model}:
-            part.register_forward_pre_hook(self.at_member, prepend=True)
+            put_first(part, self.at_member)
 
     def remove(self, model: nn.Module) -> None:
         """Watch ``model`` no longer."""

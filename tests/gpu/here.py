@@ -15,8 +15,11 @@ from fxfuse.hardware.configs import Kernel
 from fxfuse.kernels.calls import Down, GateUp
 from fxfuse.kernels.launch import Work, down_work, wide_work
 from tests.kernels.cases import Case, rows
+from tests.kernels.interpreted import faithful
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    faithful.take_new_numpy()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # Few multiprocessors, so that small problems fill them.
 GPU = replace(gpus.find("h100"), multiprocessors=4) if INTERPRETED else gpus.of_device(torch.device("cuda", 0))

@@ -92,6 +92,8 @@ def planned(family: Family, layers: Any, first: int, last: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.net)
 def test_a_planned_family_with_factors_is_its_modules_with_the_plan_by_hand(family: Family) -> None:
+    if family.net not in entries():
+        pytest.skip(f"this transformers has no {family.net}")
     with by_default(torch.float64):
         net = entries()[family.net].build()
         layers = net.model.model.layers
@@ -102,6 +104,9 @@ def test_a_planned_family_with_factors_is_its_modules_with_the_plan_by_hand(fami
                         1 + 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
                     )
         plain = outputs(net.model, net.inputs)
+        traced = outputs(torch.compile(net.model, backend="eager"), net.inputs)
+        if (traced - plain).abs().max() > 1e-8:  # Doge of transformers 5.17 in torch 2.11.0, by 5.06
+            pytest.skip("what Dynamo makes of this model computes something else, with no plan and no fxfuse")
         plan = fxfuse.Plan(
             drop=[f"model.layers.{index}.self_attn" for index in (2, 3)],
             parallel=[[f"model.layers.{index}.mlp" for index in (1, 2, 3)]],

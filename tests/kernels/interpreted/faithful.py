@@ -30,8 +30,23 @@ def rounded(floats: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(floats), np.uint16(0x7FC0), nearest).astype(np.uint16)
 
 
+def take_new_numpy() -> None:
+    """Let loops of kernels count under numpy 2.4 too, which takes arrays of one element for numbers no more.
+
+    Triton 3.6 hands it such; from 3.7 on it does itself what is done here.
+    """
+    stock = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        stock(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
+
+
 def install() -> None:
     """Patch the interpreter of this process."""
+    take_new_numpy()
     builder = InterpreterBuilder
     stock_cast, stock_convert = builder.cast_impl, builder.create_fp_to_fp
     stock_dot, stock_binary, stock_unary = builder.create_dot, builder.binary_op, builder.unary_op

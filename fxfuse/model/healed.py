@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -55,6 +55,22 @@ def mark_healed(model: nn.Module, plan: Plan) -> None:
     else:
         text = torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
         _bare(model).register_buffer(BUFFER, text)
+
+
+def marks(model: nn.Module) -> Callable[[], None]:
+    """A function that gives ``model`` the mark again that it has now, or none if it has none."""
+    configs = [(module, vars(module)["config"]) for module in _bare(model).modules() if "config" in vars(module)]
+    buffer: object = getattr(_bare(model), BUFFER, None)
+
+    def restore() -> None:
+        for module, config in configs:
+            module.config = config
+        if isinstance(buffer, Tensor):
+            _bare(model).register_buffer(BUFFER, buffer)
+        elif hasattr(_bare(model), BUFFER):
+            delattr(_bare(model), BUFFER)
+
+    return restore
 
 
 def healed_for(model: nn.Module | Mapping[str, Tensor]) -> Plan | None:

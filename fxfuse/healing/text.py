@@ -27,11 +27,17 @@ class Kind:
         name: what the caller calls it; empty where there is but one.
         fitted: what is fitted to.
         held: what is held out, to choose and to judge by.
+        weight: how much a token of it counts; 1 is the mean over kinds.
     """
 
     name: str
     fitted: tuple[Batch, ...]
     held: tuple[Batch, ...]
+    weight: float = 1.0
+
+    def part(self, held: bool) -> tuple[Batch, ...]:
+        """The batches that are held out, or the others."""
+        return self.held if held else self.fitted
 
 
 def kinds(text: Text, share: float, written: Callable[[], Iterable[Batch]]) -> tuple[Kind, ...]:

@@ -87,6 +87,7 @@ def heal(
     batches: Text,
     method: Method | Sequence[Method] = "fit",
     *,
+    weights: Mapping[str, float] | None = None,
     held_out: float = 0.2,
     minutes: float | Mapping[str, float] | None = None,
     block: int = 8192,
@@ -118,6 +119,8 @@ def heal(
             where ``attention_mask`` is 0 do not count. ``"self"``, alone or as a kind, is 16,384 tokens that the model
             writes itself (:func:`fxfuse.data.own_text.written_by` writes more).
         method: how, or several, each going on from the one before.
+        weights: how much a token of each kind of text counts, as in ``{"code": 2, "prose": 1}``: in the sums of the
+            fit, in the losses, and where it is chosen what is kept. None: all count alike.
         held_out: share of the batches of each kind that is not fitted to, but chooses and decides.
         minutes: how long to go on, all methods together, or each as in ``{"fit": 5, "distill": 20}``; steps that are
             not begun by then stay as they are. Judging comes on top. Without a limit "distill" reads the text once.
@@ -150,7 +153,7 @@ def heal(
         distillation.check(resume is not None)
     if healed_for(own) is not None:
         raise HealError("the model was healed already, so it is no longer the original: load that again")
-    text = kinds(batches, held_out, lambda: written_by(own, OWN_TOKENS, progress=progress))
+    text = kinds(batches, held_out, lambda: written_by(own, OWN_TOKENS, progress=progress), weights)
     patient = Patient(own, own, chosen, text)
     ways = Ways(block, training, distillation, None if resume is None else Path(resume), progress)
     judge = Judge(own, patient.planned, chosen, text, progress)

@@ -21,7 +21,7 @@ from fxfuse.healing.course import Distillation, learn
 from fxfuse.healing.fit import fit_step
 from fxfuse.healing.local import Training, train_step
 from fxfuse.healing.pair import pairs
-from fxfuse.healing.stages import Stage
+from fxfuse.healing.stages import Stage, weighed
 from fxfuse.healing.state import State, digest_text
 from fxfuse.healing.steps import Improve, Outcome, Sample, front_to_back
 from fxfuse.healing.text import Kind
@@ -123,6 +123,8 @@ def _samples(patient: Patient, method: Method, start: Mapping[str, Tensor]) -> l
     made = pairs(patient.original, patient.plan, batches, start, regions=method == "local")
     if not made[0].steps:
         raise HealError("nothing in the model can be healed: after the first edit no branch writes by a linear map")
+    for pair, (kind, _, _) in zip(made, marked, strict=True):
+        pair.weight = kind.weight
     return [Sample(pair, kind.name, held) for pair, (kind, held, _) in zip(made, marked, strict=True)]
 
 
@@ -147,7 +149,7 @@ def _distil(patient: Patient, ways: Ways, start: Mapping[str, Tensor], until: fl
     if left is not None and left <= 0:
         return Treated({})
     how = ways.distillation
-    text = [batch for kind in patient.text for batch in kind.fitted]
+    text = [weighed(batch, kind.weight) for kind in patient.text for batch in kind.fitted]
     with torch.enable_grad():
         made = learn(
             patient.original,

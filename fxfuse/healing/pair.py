@@ -6,6 +6,7 @@ stream should be: the sum of everything that the plan has let in until there, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,12 +39,19 @@ class _Graphs:
 
 
 class Pair:
-    """One batch on its way through both models."""
+    """One batch on its way through both models.
+
+    Attributes:
+        steps: where they stop.
+        weight: how much a token counts. Errors are relative to the goal, so a weight of w is a goal that is shorter by
+            the root of w, from which the same is missing.
+    """
 
     def __init__(
         self, graphs: _Graphs, inputs: Sequence[object], healed: Sequence[object], counted: Tensor | None
     ) -> None:
         self.steps = graphs.steps
+        self.weight = 1.0
         self._original, self._planned = Walk(graphs.original, inputs), Walk(graphs.planned, healed)
         self._counted = counted
         self._number = 0
@@ -59,6 +67,12 @@ class Pair:
 
     def goal(self) -> Tensor:
         """What the stream should be after the step, ``[tokens, d]``."""
+        return self._goal() if self.weight == 1 else self._short(self._goal())
+
+    def _short(self, goal: Tensor) -> Tensor:
+        return goal.to(torch.promote_types(goal.dtype, torch.float32)) / math.sqrt(self.weight)
+
+    def _goal(self) -> Tensor:
         goal = self._original.values[self.step.goal]
         assert isinstance(goal, Tensor)
         for term in self.step.absent:
@@ -69,7 +83,12 @@ class Pair:
         """What it is with some of the step's ``weights`` replaced, ``[tokens, d]``."""
         out = self._planned.attempt(self._by_node(weights))[self.step.out]
         assert isinstance(out, Tensor)
-        return rows(out, self._counted)
+        stream = rows(out, self._counted)
+        if self.weight == 1:
+            return stream
+        goal = self._goal()
+        short = self._short(goal)
+        return short - (goal.to(short) - stream.to(short))
 
     def inputs(self) -> Tensor:
         """What the step's maps read, side by side: ``[tokens, columns]``."""

@@ -5,6 +5,7 @@ What ``distill`` and the method ``"distill"`` of ``heal`` have in common.
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,13 +21,15 @@ from fxfuse._common.bounds import check_bound, check_count
 from fxfuse.data.batches import Batch, on_device_of
 from fxfuse.errors import HealError, MissingDependencyError, NotFiniteError, OptionError
 from fxfuse.healing.choice import Train, choose
+from fxfuse.healing.mapped import Mapped, mapped
 from fxfuse.healing.stages import Stage, look
 from fxfuse.healing.student import student_of, under, values_of, with_adapters
 from fxfuse.healing.teacher import arguments, head_of
 from fxfuse.healing.training import Lesson, StageRun, ask, same_run, trainer_arguments
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.measure.resume import digest_batch
-from fxfuse.model.force import uncompiled
+from fxfuse.model.force import uncompiled, watch_of
+from fxfuse.model.stand_ins import is_dropped, is_linear
 from fxfuse.plan import Plan
 
 if TYPE_CHECKING:
@@ -80,6 +83,10 @@ class Distillation:
             raise OptionError(
                 f"cosine={self.cosine} needs the teacher's hidden states, which top_k does not keep: leave one out"
             )
+        from transformers import TrainingArguments
+
+        if unknown := self.trainer.keys() - inspect.signature(TrainingArguments).parameters:
+            raise OptionError(f"the Trainer has no {min(unknown)!r} among its arguments")
 
 
 @dataclass(frozen=True)
@@ -91,17 +98,19 @@ class Learnt:
         values: of the parameters that were trained, by their names in the model.
         head: the module whose inputs were compared by cosine; empty if that term was left out.
         kl: KL(original || planned) on the text held out before and after, nats per token; None without such text.
+        mapped: the model that was trained a copy of.
     """
 
     stages: tuple[StageRun, ...]
     values: Mapping[str, Tensor]
     head: str
     kl: tuple[float, float] | None
+    mapped: Mapped
 
 
 def learn(
     teacher: nn.Module,
-    planned: nn.Module,
+    planned: Mapped | None,
     plan: Plan,
     stages: Sequence[Stage],
     how: Distillation,
@@ -113,11 +122,11 @@ def learn(
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = False,
 ) -> Learnt:
-    """Train a copy of ``planned``, under ``plan``, to say what ``teacher`` says.
+    """Train a copy of a model, under ``plan``, to say what the model itself, ``teacher``, says.
 
     Args:
         teacher: the original. It stays as it is.
-        planned: the same model, or a copy of it that shares its weights, which runs under the plan.
+        planned: what is copied: the original with the modules that the plan needs; None to see which these are.
         plan: what the student follows.
         stages: text and budgets.
         how: the other options; see :meth:`Distillation.check`.
@@ -132,6 +141,8 @@ def learn(
         HealError, PlanError, NotFiniteError, OptionError, CaptureError, RecordError, MissingDependencyError: as
             :func:`fxfuse.healing.distill.distill` says.
     """
+    if watch_of(teacher) is not None or any(is_dropped(module) or is_linear(module) for module in teacher.modules()):
+        raise HealError("a plan was applied to the model, so it cannot say what it said without: give the original")
     start = start or {}
     texts = [look(number, stage) for number, stage in enumerate(stages)]
     with ExitStack() as stack:
@@ -141,7 +152,9 @@ def learn(
             for number, (stage, text) in enumerate(zip(stages, texts, strict=True))
         ]
         stack.enter_context(_teaching(teacher, runs[0].device))
-        trained = choose(planned, plan, on_device_of(planned, arguments(planned, texts[0].first)), how.train)
+        example = on_device_of(teacher, arguments(teacher, texts[0].first))
+        planned = planned or mapped(teacher, plan, example)
+        trained = choose(planned.model, plan, on_device_of(planned.model, example), how.train)
         head = "" if how.cosine == 0 or how.top_k is not None else head_of(teacher, texts[0].first)
         if how.cosine and not head:
             raise HealError(f"cosine={how.cosine}: no module makes logits of hidden states alone to compare")
@@ -151,7 +164,7 @@ def learn(
             same_run(place, teacher, plan, texts, runs, settings, begun)
         said = None if how.top_k is None else ask(teacher, texts, how.top_k, place, runs[0], progress)
         adapted = how.train == "lora"
-        student = student_of(planned, () if adapted else trained, start)
+        student = student_of(planned.model, () if adapted else trained, start)
         if adapted:
             student = with_adapters(student, trained, {"r": 16, "lora_alpha": 32, **how.lora})
         stack.enter_context(under(student, plan, how.inner))
@@ -165,7 +178,8 @@ def learn(
         values = values_of(student, trained)
         _check_finite(values)
         after = _kl(student, teacher, held_out)
-    return Learnt(tuple(done), values, head, None if before is None or after is None else (before, after))
+    kl = None if before is None or after is None else (before, after)
+    return Learnt(tuple(done), values, head, kl, planned)
 
 
 @contextmanager

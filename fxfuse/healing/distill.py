@@ -23,9 +23,7 @@ from fxfuse.healing.commit import commit
 from fxfuse.healing.course import Distillation, learn
 from fxfuse.healing.stages import Stage as Stage
 from fxfuse.healing.training import StageRun, agreed
-from fxfuse.model.force import watch_of
 from fxfuse.model.healed import healed_for
-from fxfuse.model.stand_ins import is_dropped, is_linear
 from fxfuse.plan import Plan
 
 if TYPE_CHECKING:
@@ -138,10 +136,10 @@ def distill(
     _check_plan(own, chosen)
     parts = _stages(batches, stages, steps, tokens, minutes)
     place = None if folder is None else Path(folder)
-    made = learn(own, own, chosen, parts, how, held_out=held_out, folder=place, callbacks=callbacks, progress=progress)
+    made = learn(own, None, chosen, parts, how, held_out=held_out, folder=place, callbacks=callbacks, progress=progress)
     kept = made.kl is None or agreed(made.kl[1] < made.kl[0])
     if kept:
-        commit(own, chosen, made.values)
+        commit(own, chosen, made.values, made.mapped)
     return Distilled(made.stages, tuple(made.values), made.head, made.kl, kept, time.monotonic() - started)
 
 
@@ -152,8 +150,6 @@ def _check_plan(model: nn.Module, plan: object) -> None:
         raise HealError("the plan is empty: it costs nothing, so there is nothing to heal")
     if healed_for(model) is not None:
         raise HealError("the model was healed already, so it is no longer the original: load that again")
-    if watch_of(model) is not None or any(is_dropped(module) or is_linear(module) for module in model.modules()):
-        raise HealError("a plan was applied to the model, so it cannot say what it said without: give the original")
 
 
 def _stages(

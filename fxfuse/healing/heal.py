@@ -23,6 +23,7 @@ from fxfuse.healing.commit import commit
 from fxfuse.healing.course import Distillation
 from fxfuse.healing.judge import Change, Divergence, Judge, Verdict
 from fxfuse.healing.local import Training
+from fxfuse.healing.mapped import mapped
 from fxfuse.healing.methods import METHODS, Method, Patient, Treated, Ways, treat
 from fxfuse.healing.stages import count_tokens
 from fxfuse.healing.steps import Outcome
@@ -98,10 +99,12 @@ def heal(
 ) -> Healing:
     """Change the weights of ``model`` so that, under ``plan``, it computes again what it computed without.
 
-    Parameters keep their names, shapes and dtypes. Nothing is written into them before all is done; an error or an
-    interruption leaves the model as it was. Of what a method changes nothing is kept unless it brings the planned model
-    nearer to the original on every kind of text that was held out. From then on the model is damaged without the plan.
-    It carries it (:mod:`fxfuse.model.healed`): under no plan, or another, it is refused.
+    Parameters keep their names, shapes and dtypes; but an attention that becomes linear, and whose output projection
+    cannot be that map, leaves for a module that holds it, as :func:`fxfuse.prune` would have it. Nothing is written
+    before all is done; an error or an interruption leaves the model as it was. Of what a method changes nothing is kept
+    unless it brings the planned model nearer to the original on every kind of text that was held out. From then on the
+    model is damaged without the plan. It carries it (:mod:`fxfuse.model.healed`): under no plan, or another, it is
+    refused.
 
     ``"fit"`` needs no gradients: front to back, each linear map by which a branch writes to the residual stream (down
     and output projections, with their biases) is refitted by ridge regression, so that the stream of the planned model
@@ -154,22 +157,23 @@ def heal(
     if healed_for(own) is not None:
         raise HealError("the model was healed already, so it is no longer the original: load that again")
     text = kinds(batches, held_out, lambda: written_by(own, OWN_TOKENS, progress=progress), weights)
-    patient = Patient(own, own, chosen, text)
+    both = mapped(own, chosen, text[0].fitted[0])
+    patient = Patient(own, both, chosen, text)
     ways = Ways(block, training, distillation, None if resume is None else Path(resume), progress)
-    judge = Judge(own, patient.planned, chosen, text, progress)
+    judge = Judge(own, both.model, chosen, text, progress)
     healed: dict[str, Tensor] = {}
     treated: list[Treated] = []
     verdicts: list[Verdict] = []
     for name in methods:
         made = treat(patient, name, ways, healed, _until(minutes, name, started))
-        change = Change(patient.planned, healed, made.weights, made.anew)
-        with eval_mode(own, patient.planned), uncompiled(own), originals_forbidden():
+        change = Change(both.model, healed, made.weights, made.anew)
+        with eval_mode(own, both.model), uncompiled(own), originals_forbidden():
             verdict, healed = judge(name, change)
         treated.append(made)
         verdicts.append(verdict)
     share = next((verdict.share for verdict in reversed(verdicts) if verdict.share), 0.0)
     if share:
-        commit(own, chosen, healed)
+        commit(own, chosen, healed, both)
     outcomes = tuple(outcome for made in treated for outcome in made.outcomes)
     first, last = verdicts[0].kl, verdicts[-1].kl
     return Healing(

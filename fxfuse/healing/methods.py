@@ -20,6 +20,7 @@ from fxfuse.errors import HealError
 from fxfuse.healing.course import Distillation, learn
 from fxfuse.healing.fit import fit_step
 from fxfuse.healing.local import Training, train_step
+from fxfuse.healing.mapped import Mapped
 from fxfuse.healing.pair import pairs
 from fxfuse.healing.stages import Stage, weighed
 from fxfuse.healing.state import State, digest_text
@@ -41,13 +42,13 @@ class Patient:
 
     Attributes:
         original: the model; it stays as it is.
-        planned: the same model, or a copy that shares its weights, which runs under the plan.
+        planned: the same, or a copy that shares its weights and has what more the plan needs: that runs under the plan.
         plan: what it follows.
         text: the kinds of text.
     """
 
     original: nn.Module
-    planned: nn.Module
+    planned: Mapped
     plan: Plan
     text: tuple[Kind, ...]
 
@@ -108,7 +109,7 @@ def treat(patient: Patient, method: Method, ways: Ways, start: Mapping[str, Tens
         "local": (partial(train_step, training=ways.training), str(ways.training)),
     }
     improve, settings = improves[method]
-    with eval_mode(patient.original, patient.planned), uncompiled(patient.original), originals_forbidden():
+    with eval_mode(patient.original, patient.planned.model), uncompiled(patient.original), originals_forbidden():
         samples = _samples(patient, method, start)
         begun = f"{settings} from {digest_batch(start)}"  # what a method makes depends on those before it
         place = None if ways.resume is None else ways.resume / method
@@ -120,9 +121,12 @@ def treat(patient: Patient, method: Method, ways: Ways, start: Mapping[str, Tens
 def _samples(patient: Patient, method: Method, start: Mapping[str, Tensor]) -> list[Sample]:
     marked = [(kind, held, batch) for kind in patient.text for held in (False, True) for batch in kind.part(held)]
     batches = [batch for _, _, batch in marked]
-    made = pairs(patient.original, patient.plan, batches, start, regions=method == "local")
+    made = pairs(patient.original, patient.plan, batches, start, method == "local", patient.planned.model)
     if not made[0].steps:
-        raise HealError("nothing in the model can be healed: after the first edit no branch writes by a linear map")
+        raise HealError(
+            f"nothing in the model can be healed by {method!r}: after the first edit no branch writes to the stream by "
+            "a linear map that can be fitted (a norm may follow it). 'local' and 'distill' train what there is"
+        )
     for pair, (kind, _, _) in zip(made, marked, strict=True):
         pair.weight = kind.weight
     return [Sample(pair, kind.name, held) for pair, (kind, held, _) in zip(made, marked, strict=True)]

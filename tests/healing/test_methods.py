@@ -151,3 +151,12 @@ def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         fxfuse.heal(model, DROP, text(), "distill", **options)
     assert_same_weights(model, before)
+
+
+def test_a_model_that_was_pruned_cannot_teach() -> None:
+    from fxfuse import Plan
+
+    plan = Plan(linear=DROP.drop)
+    model = fxfuse.prune(trained(), plan)
+    with pytest.raises(HealError, match="give the original"):
+        fxfuse.heal(model, plan, text(), "distill", distillation=distillation())

@@ -34,15 +34,19 @@ class Verdict:
         method: the method.
         share: how much of its change was kept; 0 if the weights are as they were before it.
         kl: before the method and after it, by kind of text.
+        changed: whether there was a change to judge; there is none if no step got better, or there was no time.
     """
 
     method: str
     share: float
     kl: Mapping[str, Divergence]
+    changed: bool = True
 
     def __str__(self) -> str:
         if self.share:
             return f"{self.method}: {self.share:.0%} of its change was kept"
+        if not self.changed:
+            return f"{self.method}: it changed nothing, for lack of time or of anything better"
         return f"{self.method}: nothing of it was kept: it brings not every kind of text nearer to the original"
 
 
@@ -109,7 +113,7 @@ class Judge:
                 break  # less of the change is less good
         self._known = after
         kl = {name: Divergence(before[name], after[name]) for name in before}
-        return Verdict(method, best, kl), change.share(best)
+        return Verdict(method, best, kl, bool(change.after)), change.share(best)
 
     def _measured(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         self._planned.weights = weights

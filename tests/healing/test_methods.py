@@ -87,6 +87,7 @@ def test_each_method_may_have_a_time_of_its_own() -> None:
     )
     assert len(healing.outcomes) == 3 and healing.distilled is None  # it was over before it began
     assert healing.verdicts[1].share == 0 and healing.share == healing.verdicts[0].share > 0
+    assert "distill: it changed nothing" in str(healing)
 
     healing = fxfuse.heal(
         trained(),

@@ -343,13 +343,6 @@ MUTATIONS = (
         "weight = 1.0",
         ("tests/healing/test_weights.py", "-k", "distillation"),
     ),
-    Mutation(
-        "fit the map behind a norm to the stream",
-        "fxfuse/healing/behind_norms.py",
-        "_product(originals[name], before)",
-        "originals[name].terms[0].node",
-        ("tests/healing/test_own_maps.py", "-k", "behind"),
-    ),
 )
 
 

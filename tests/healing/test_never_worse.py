@@ -34,7 +34,6 @@ PLANS = {
     "two layers side by side": Plan(parallel=[attention(1, 2), ffns(1, 2)]),
     "two blocks side by side": Plan(parallel=[[[*attention(1), *ffns(1)], [*attention(2), *ffns(2)]]]),
     "three out, the FFNs one": Plan(drop=attention(1, 2, 3), parallel=[ffns(0, 1, 2, 3)]),
-    "all linear": Plan(linear=attention(0, 1, 2, 3)),
 }
 
 
@@ -93,9 +92,8 @@ def test_on_no_text_is_healed_worse_than_unhealed(model: Any, plan: Plan) -> Non
 
 
 @pytest.mark.slow
-def test_most_of_them_are_much_better(model: Any) -> None:
+def test_a_large_plan_is_healed_much_better(model: Any) -> None:
     """Or the test above would hold of a method that never changes anything."""
-    for name in ("two out", "three out, the FFNs one"):
-        healed = copy.deepcopy(model)
-        healing = fxfuse.heal(healed, PLANS[name], {kind: batches(kind, 20, seed=5) for kind in "ab"})
-        assert all(kl.after < 0.7 * kl.before for kl in healing.kl.values())
+    plan = PLANS["three out, the FFNs one"]
+    healing = fxfuse.heal(copy.deepcopy(model), plan, {kind: batches(kind, 20, seed=5) for kind in "ab"})
+    assert healing.share > 0 and all(kl.after < 0.5 * kl.before for kl in healing.kl.values())

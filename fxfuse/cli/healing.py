@@ -21,10 +21,16 @@ def heal(
     model: LanguageModel,
     plan: Annotated[Path, typer.Option("--plan", metavar="FILE", help="a plan, as Plan.save writes it")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="where the model goes")],
-    method: Annotated[str, typer.Option(help="fit (minutes), local (an hour), or fit,local")] = "fit",
+    method: Annotated[
+        str, typer.Option(help="fit (minutes), local (an hour), distill (a GPU), or several, as in fit,distill")
+    ] = "fit",
     text: Annotated[
         list[Path] | None,
         typer.Option("--text", metavar="FILE", help="a text, UTF-8, of one kind; may be given several times"),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", metavar="NUMBER", help="how much a token of each text counts, in their order"),
     ] = None,
     own: Annotated[
         int,
@@ -34,7 +40,10 @@ def heal(
     tokens: Annotated[int, typer.Option(min=1, help="tokens of each text")] = 16384,
     batch: Batch = 2,
     minutes: Annotated[
-        float | None, typer.Option(min=0.0, help="how long to go on; what is not begun by then stays as it is")
+        str | None,
+        typer.Option(
+            metavar="NUMBER", help="how long to go on, in all or each: 30, or fit=5,distill=20; the rest stays as it is"
+        ),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FOLDER", help="keep what is done here, and go on from it")
@@ -53,13 +62,17 @@ def heal(
     [bold]Examples[/bold]
       fxfuse heal smollm2 --plan plan.json -o healed
       fxfuse heal ./my-llama --plan plan.json --text prose.txt --text code.txt --method fit,local -o healed
+      fxfuse heal ./my-llama --plan plan.json --method fit,distill --minutes fit=5,distill=60 -o healed
     """
     import fxfuse
     from fxfuse.data.own_text import written_by
     from fxfuse.data.text import batches_of, python_documentation, read_text
-    from fxfuse.errors import HealError
+    from fxfuse.errors import HealError, OptionError
 
     _new_folder(output)
+    limits = _minutes(minutes)
+    if weight and len(weight) != len(text or ()):
+        raise OptionError(f"there are {len(weight)} weights and {len(text or ())} texts: give --weight for each --text")
     chosen, loaded = read_plan(plan), load_unplanned(model, dtype)
     assert chosen is not None  # it has to be given
     texts = {str(path): read_text(path) for path in text or ()}
@@ -75,7 +88,8 @@ def heal(
         chosen,
         kinds,
         method.split(","),  # type: ignore[arg-type]  # checked where it is used
-        minutes=minutes,
+        weights=dict(zip(map(str, text or ()), weight or (), strict=False)),
+        minutes=limits,
         resume=resume,
         progress=not json,
     )
@@ -85,6 +99,21 @@ def heal(
     _save(loaded, chosen, output)
     if not json:
         typer.echo(f"written to {output}, with its plan")
+
+
+def _minutes(given: str | None) -> float | dict[str, float] | None:
+    """``30`` as a number, ``fit=5,distill=20`` as one for each."""
+    from fxfuse.errors import OptionError
+
+    if given is None:
+        return None
+    pairs = [part.partition("=") for part in given.split(",")]
+    try:
+        if len(pairs) == 1 and not pairs[0][1]:
+            return float(given)
+        return {method: float(limit) for method, _, limit in pairs}
+    except ValueError:
+        raise OptionError(f"--minutes {given}: give a number, or one for each method, as in fit=5,distill=20") from None
 
 
 def _new_folder(folder: Path) -> None:

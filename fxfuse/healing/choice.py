@@ -11,6 +11,7 @@ from fxfuse.backend.frontend import Captured, capture
 from fxfuse.backend.naming import elsewhere
 from fxfuse.errors import HealError, PlanError, nearest
 from fxfuse.passes.pipeline import edit
+from fxfuse.passes.select import settle
 from fxfuse.passes.simplify import simplify
 from fxfuse.plan import Plan, flat
 from fxfuse.stream.branch import Branch
@@ -41,7 +42,7 @@ def choose(model: nn.Module, plan: Plan, batch: Mapping[str, object], train: Tra
     names: set[str] = set()
     known: set[str] = set()
     for captured in graphs:
-        streams = _streams(captured)
+        streams = _streams(captured, plan)
         known |= {branch.name for stream in streams for branch in stream}
         used = _used(captured.copy(), plan, model, strict=len(graphs) == 1)
         if train != "all":
@@ -63,10 +64,12 @@ def choose(model: nn.Module, plan: Plan, batch: Mapping[str, object], train: Tra
     return made
 
 
-def _streams(captured: Captured) -> list[Sequence[Branch]]:
+def _streams(captured: Captured, plan: Plan) -> list[Sequence[Branch]]:
     """The branches of each stream, in its order."""
     simplify(captured.gm)
-    return [stream.branches for stream in find_streams(captured.gm, captured.names)]
+    streams = find_streams(captured.gm, captured.names)
+    settle(plan.names, streams)
+    return [stream.branches for stream in streams]
 
 
 def _used(captured: Captured, plan: Plan, model: nn.Module, strict: bool) -> set[str]:

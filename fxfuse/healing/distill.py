@@ -7,32 +7,23 @@ next-token distributions and the cosine distance of hidden states, here of those
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fxfuse._common.bounds import check_bound, check_count
 from fxfuse._torch.compiled import original
-from fxfuse.data.batches import Batch, on_device_of
-from fxfuse.errors import HealError, MissingDependencyError, NotFiniteError, OptionError
-from fxfuse.healing.choice import Train, choose
+from fxfuse.data.batches import Batch
+from fxfuse.errors import HealError, OptionError
+from fxfuse.healing.choice import Train
+from fxfuse.healing.commit import commit
+from fxfuse.healing.course import Distillation, learn
 from fxfuse.healing.stages import Stage as Stage
-from fxfuse.healing.stages import look
-from fxfuse.healing.student import student_of, under, values_of, with_adapters
-from fxfuse.healing.teacher import arguments, head_of
-from fxfuse.healing.training import Lesson, StageRun, agreed, ask, same_run, trainer_arguments
-from fxfuse.measure.evaluation import evaluate
-from fxfuse.model.force import uncompiled, watch_of
-from fxfuse.model.healed import healed_for, mark_healed
-from fxfuse.model.stand_ins import is_dropped, is_linear
+from fxfuse.healing.training import StageRun, agreed
+from fxfuse.model.healed import healed_for
 from fxfuse.plan import Plan
 
 if TYPE_CHECKING:
@@ -61,9 +52,7 @@ class Distilled:
 
     def __str__(self) -> str:
         lines = [f"{len(self.trained)} parameters trained, {self.seconds:.0f} s"]
-        for number, run in enumerate(self.stages):
-            course = f", loss {run.losses[0]:.4g} to {run.losses[-1]:.4g}" if run.losses else ""
-            lines.append(f"stage {number}: {run.steps:,} steps{course}")
+        lines += [f"stage {number}: {run}" for number, run in enumerate(self.stages)]
         lines.append(f"hidden states compared at {self.head}" if self.head else "no hidden states were compared")
         if self.kl is not None:
             lines.append(f"KL to the original on text held out: {self.kl[0]:.4g} to {self.kl[1]:.4g} nats/token")
@@ -142,50 +131,16 @@ def distill(
     """
     started = time.monotonic()
     own, chosen = original(model), Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
-    _check_installed()
+    how = Distillation(train, None, lr, cosine, lm, top_k, lora or {}, inner, trainer)
+    how.check(folder is not None)
     _check_plan(own, chosen)
-    _check_options(lr, cosine, lm, top_k, folder)
     parts = _stages(batches, stages, steps, tokens, minutes)
-    texts = [look(number, stage) for number, stage in enumerate(parts)]
-    with ExitStack() as stack:
-        place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        runs = [
-            trainer_arguments(number, stage, text, lr, place / f"stage-{number}", folder is not None, trainer)
-            for number, (stage, text) in enumerate(zip(parts, texts, strict=True))
-        ]
-        stack.enter_context(_teaching(own, runs[0].device))
-        trained = choose(own, chosen, on_device_of(own, arguments(own, texts[0].first)), train)
-        head = "" if cosine == 0 or top_k is not None else head_of(own, texts[0].first)
-        if cosine and not head:
-            raise HealError(f"cosine={cosine}: no module makes logits of hidden states alone, so none can be compared")
-        if folder is not None:
-            same_run(place, own, chosen, texts, runs, [train, cosine, lm, top_k, dict(lora or {})])
-        said = None if top_k is None else ask(own, texts, top_k, place, runs[0], progress)
-        student = student_of(own, () if train == "lora" else trained)
-        if train == "lora":
-            student = with_adapters(student, trained, {"r": 16, "lora_alpha": 32, **(lora or {})})
-        stack.enter_context(under(student, chosen, inner))
-        lesson = Lesson(student, own, head, 1.0 if cosine is None else cosine, lm, said, held_out, callbacks)
-        before = _kl(student, own, held_out)
-        done = [
-            lesson.give(number, text, run, stage.minutes, folder is not None, progress)
-            for number, (stage, text, run) in enumerate(zip(parts, texts, runs, strict=True))
-        ]
-        values = values_of(student, trained)
-        _check_finite(values)
-        after = _kl(student, own, held_out)
-        kl = None if before is None or after is None else (before, after)
-        kept = kl is None or agreed(kl[1] < kl[0])
-        if kept:
-            _write(own, values)
-            mark_healed(own, chosen)
-    return Distilled(tuple(done), trained, head, kl, kept, time.monotonic() - started)
-
-
-def _check_installed() -> None:
-    for package in ("transformers", "accelerate"):
-        if find_spec(package) is None:
-            raise MissingDependencyError(f"{package} trains the model: pip install 'fxfuse[heal]'")
+    place = None if folder is None else Path(folder)
+    made = learn(own, None, chosen, parts, how, held_out=held_out, folder=place, callbacks=callbacks, progress=progress)
+    kept = made.kl is None or agreed(made.kl[1] < made.kl[0])
+    if kept:
+        commit(own, chosen, made.values, made.mapped)
+    return Distilled(made.stages, tuple(made.values), made.head, made.kl, kept, time.monotonic() - started)
 
 
 def _check_plan(model: nn.Module, plan: object) -> None:
@@ -195,23 +150,6 @@ def _check_plan(model: nn.Module, plan: object) -> None:
         raise HealError("the plan is empty: it costs nothing, so there is nothing to heal")
     if healed_for(model) is not None:
         raise HealError("the model was healed already, so it is no longer the original: load that again")
-    if watch_of(model) is not None or any(is_dropped(module) or is_linear(module) for module in model.modules()):
-        raise HealError("a plan was applied to the model, so it cannot say what it said without: give the original")
-
-
-def _check_options(
-    lr: float, cosine: float | None, lm: float, top_k: int | None, folder: str | os.PathLike[str] | None
-) -> None:
-    check_bound("lr", lr, "a learning rate")
-    check_bound("cosine", cosine, "a weight")
-    check_bound("lm", lm, "a weight")
-    check_count("top_k", top_k)
-    if top_k is not None and folder is None:
-        raise OptionError("top_k needs a folder, to keep there what the teacher says")
-    if top_k is not None and cosine:
-        raise OptionError(
-            f"cosine={cosine} needs the teacher's hidden states, which top_k does not keep: leave one out"
-        )
 
 
 def _stages(
@@ -228,46 +166,3 @@ def _stages(
     if (steps, tokens, minutes) != (None, None, None):
         raise OptionError("each of the stages has a budget of its own: give steps, tokens and minutes to Stage")
     return tuple(stages)
-
-
-@contextmanager
-def _teaching(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model in eval mode, and on the device that trains; afterwards as and where it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    places = {parameter.device for parameter in model.parameters()}
-    try:
-        model.eval()
-        if len(places) == 1:
-            model.to(device)
-        yield
-    finally:
-        if len(places) == 1:
-            model.to(places.pop())
-        for module, mode in modes:
-            module.training = mode
-
-
-def _kl(student: nn.Module, teacher: nn.Module, held_out: Sequence[Batch] | None) -> float | None:
-    """KL(teacher || student) on text held out, nats per token."""
-    if held_out is None:
-        return None
-
-    def original(**batch: object) -> object:
-        with uncompiled(teacher):
-            return teacher(**on_device_of(teacher, batch))
-
-    labels = [{"labels": batch["labels"]} if "labels" in batch else {} for batch in held_out]
-    batches = [{**arguments(teacher, batch), **own} for batch, own in zip(held_out, labels, strict=True)]
-    return evaluate(student, batches, reference=original).kl
-
-
-def _check_finite(values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
-            raise NotFiniteError(f"{name} is no number after the training: try a smaller lr. The model is as it was")
-
-
-@torch.no_grad()
-def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        model.get_parameter(name).copy_(value)

@@ -86,7 +86,7 @@ def linear_maps(
         elif name in made:
             made[name] = "it adds several values to the stream"
         else:
-            made[name] = _linear_map(name, term, weights, constant)
+            made[name] = linear_map(name, term, weights, constant)
     return made
 
 
@@ -100,7 +100,8 @@ def _descendants(node: fx.Node, inside: Container[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _linear_map(name: str, term: Term, weights: Mapping[fx.Node, str], constant: Container[fx.Node]) -> LinearMap | str:
+def linear_map(name: str, term: Term, weights: Mapping[fx.Node, str], constant: Container[fx.Node]) -> LinearMap | str:
+    """The linear map that makes ``term``, called ``name``, or why it cannot be fitted; see :func:`linear_maps`."""
     node, scale = term.node, term.scale
     for taken in layers(node, PASSED | Change.ROUND | Change.NUMBER):
         node, scale = taken.source, scale * taken.scale

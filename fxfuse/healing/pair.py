@@ -6,7 +6,8 @@ stream should be: the sum of everything that the plan has let in until there, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,14 @@ from fxfuse.data.batches import Batch, blaming, fresh, on_device_of
 from fxfuse.errors import CaptureError, HealError, PlanError, nearest
 from fxfuse.graph.rerun import Program
 from fxfuse.graph.walk import Route, Stage, Walk
+from fxfuse.healing.behind_norms import steps_behind_norms
 from fxfuse.healing.targets import Step, find_targets, map_steps, region_steps
 from fxfuse.measure.divergence import rows
 from fxfuse.measure.instrument import scaled
 from fxfuse.model.force import uncompiled
 from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
-from fxfuse.stream.finder import find_streams
+from fxfuse.stream.finder import ResidualStream, find_streams
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,19 @@ class _Graphs:
 
 
 class Pair:
-    """One batch on its way through both models."""
+    """One batch on its way through both models.
+
+    Attributes:
+        steps: where they stop.
+        weight: how much a token counts. Errors are relative to the goal, so a weight of w is a goal that is shorter by
+            the root of w, from which the same is missing.
+    """
 
     def __init__(
         self, graphs: _Graphs, inputs: Sequence[object], healed: Sequence[object], counted: Tensor | None
     ) -> None:
         self.steps = graphs.steps
+        self.weight = 1.0
         self._original, self._planned = Walk(graphs.original, inputs), Walk(graphs.planned, healed)
         self._counted = counted
         self._number = 0
@@ -59,6 +68,12 @@ class Pair:
 
     def goal(self) -> Tensor:
         """What the stream should be after the step, ``[tokens, d]``."""
+        return self._goal() if self.weight == 1 else self._short(self._goal())
+
+    def _short(self, goal: Tensor) -> Tensor:
+        return goal.to(torch.promote_types(goal.dtype, torch.float32)) / math.sqrt(self.weight)
+
+    def _goal(self) -> Tensor:
         goal = self._original.values[self.step.goal]
         assert isinstance(goal, Tensor)
         for term in self.step.absent:
@@ -69,7 +84,12 @@ class Pair:
         """What it is with some of the step's ``weights`` replaced, ``[tokens, d]``."""
         out = self._planned.attempt(self._by_node(weights))[self.step.out]
         assert isinstance(out, Tensor)
-        return rows(out, self._counted)
+        stream = rows(out, self._counted)
+        if self.weight == 1:
+            return stream
+        goal = self._goal()
+        short = self._short(goal)
+        return short - (goal.to(short) - stream.to(short))
 
     def inputs(self) -> Tensor:
         """What the step's maps read, side by side: ``[tokens, columns]``."""
@@ -106,9 +126,10 @@ class _Enough(Exception):  # noqa: N818 - it is no error
 def pairs(
     model: nn.Module,
     plan: Plan,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     weights: Mapping[str, Tensor] | None = None,
     regions: bool = False,
+    planned: nn.Module | None = None,
 ) -> list[Pair]:
     """Each batch at the start of both models. Nothing is computed yet; a pair keeps its inputs.
 
@@ -116,35 +137,72 @@ def pairs(
         model: the original.
         plan: what the planned model follows.
         batches: what both are called with.
-        weights: that the planned model has in place of the original's, by name.
+        weights: that the planned model has in place of its own, by name.
         regions: let a step be all that changes the stream up to an FFN, with all its parameters, and not a sum.
+        planned: what runs under the plan; None for the original itself.
 
     Raises:
         PlanError: the plan does not fit the model, or parts of it have left the model already.
         CaptureError: the model cannot be traced to one graph, or not be run in parts.
         RecordError: the model cannot be called with a batch.
     """
+    student = planned or model
+    originals = _calls(model, batches)
+    others = originals if student is model else _calls(student, batches)
+    known: dict[tuple[int, int], _Graphs] = {}
     made: list[Pair] = []
-    counted: Tensor | None = None
+    for batch, one, other in zip(batches, originals, others, strict=True):
+        key = id(one.traced), id(other.traced)
+        if key not in known:
+            known[key] = _graphs(one.traced, other.traced.captured, plan, student, regions)
+        own = other.traced.captured.names
+        names = [own.get(node, "") for node in other.traced.captured.gm.graph.find_nodes(op="placeholder")]
+        healed = [(weights or {}).get(name, value) for name, value in zip(names, other.inputs, strict=True)]
+        mask = batch.get("attention_mask")
+        made.append(Pair(known[key], one.inputs, healed, mask if isinstance(mask, Tensor) else None))
+    if len({tuple(step.branches for step in pair.steps) for pair in made}) > 1:
+        raise HealError("the model has other branches in some batches than in others: heal with one kind of call")
+    return made
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A graph that has residual streams, as it was traced, and again in canonical form with its streams."""
+
+    captured: Captured
+    bare: Captured
+    streams: tuple[ResidualStream, ...]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a model: its graph, and the values of the graph's inputs."""
+
+    traced: _Traced
+    inputs: Sequence[object]
+
+
+def _calls(model: nn.Module, batches: Sequence[Batch]) -> list[_Call]:
+    """What a call of ``model`` with each of the batches would run; it is stopped there."""
+    made: list[_Call] = []
 
     def follow(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         captured = take(gm, inputs, model)
-        graphs = _graphs(captured, plan, model, regions)
-        names = [captured.names.get(node, "") for node in captured.gm.graph.find_nodes(op="placeholder")]
-        if graphs is None:
+        bare = captured.copy()
+        edit(bare.gm, Plan(), names=bare.names, strict=True, elsewhere=elsewhere(model, bare.names, Plan()))
+        streams = find_streams(bare.gm, bare.names)
+        if not streams:
             return gm.forward
+        traced = _Traced(captured, bare, streams)
 
         def run(*inputs: object) -> object:
-            healed = [(weights or {}).get(name, value) for name, value in zip(names, inputs, strict=True)]
-            made.append(Pair(graphs, inputs, healed, counted))
+            made.append(_Call(traced, inputs))
             raise _Enough
 
         return run
 
     compiled = compiled_apart(model, follow, dynamic=None)
     for number, batch in enumerate(batches):
-        mask = batch.get("attention_mask")
-        counted = mask if isinstance(mask, Tensor) else None
         before = len(made)
         with blaming(number, batch), torch.no_grad(), uncompiled(model), originals_forbidden():
             try:
@@ -154,32 +212,31 @@ def pairs(
                     raise
         if len(made) == before:
             raise CaptureError("no residual stream was found in the model; fxfuse.explain says what was seen")
-    if len({tuple(step.branches for step in pair.steps) for pair in made}) > 1:
-        raise HealError("the model has other branches in some batches than in others: heal with one kind of call")
     return made
 
 
-def _graphs(captured: Captured, plan: Plan, model: nn.Module, regions: bool) -> _Graphs | None:
-    bare = captured.copy()
-    for each, edits in ((bare, Plan()), (captured, plan)):
-        edit(each.gm, edits, names=each.names, strict=True, elsewhere=elsewhere(model, each.names, edits))
-    streams = find_streams(bare.gm, bare.names)
-    if not streams:
-        return None
-    known = {branch.name for stream in streams for branch in stream.branches}
+def _graphs(original: _Traced, captured: Captured, plan: Plan, student: nn.Module, regions: bool) -> _Graphs:
+    planned = captured.copy()
+    edit(planned.gm, plan, names=planned.names, strict=True, elsewhere=elsewhere(student, planned.names, plan))
+    known = {branch.name for stream in original.streams for branch in stream.branches}
     if absent := next((name for name in plan.names if name not in known), None):
         raise PlanError(
             f"{absent!r} is no branch of this model as it is{nearest(absent, known)}. If the plan was applied to it "
             "already, heal the original first, then apply the plan"
         )
-    targets = find_targets(captured, streams, plan)
-    steps = region_steps(captured, targets) if regions else map_steps(captured, targets, plan)
-    original, planned = Program(bare.gm), Program(captured.gm)
+    targets = find_targets(planned, original.streams, plan)
+    if regions:
+        steps = region_steps(planned, targets)
+    else:
+        order = {node: index for index, node in enumerate(planned.gm.graph.nodes)}
+        inner = steps_behind_norms(planned, original.bare, original.streams, plan)
+        steps = tuple(sorted((*inner, *map_steps(planned, targets, plan)), key=lambda step: order[step.out]))
+    first, second = Program(original.bare.gm), Program(planned.gm)
     seen = [{step.goal, *(n for term in step.absent for n in (term.node, *term.scale.nodes))} for step in steps]
     return _Graphs(
         steps,
-        Route(original, [Stage(frozenset(nodes)) for nodes in seen]),
-        Route(planned, [_stage(planned, step) for step in steps]),
+        Route(first, [Stage(frozenset(nodes)) for nodes in seen]),
+        Route(second, [_stage(second, step) for step in steps]),
     )
 
 

@@ -22,6 +22,9 @@ _SAMPLE = 64
 FOREVER = 2**31 - 1
 """Steps of a training that ends by the clock."""
 
+WEIGHT = "fxfuse_weight"
+"""Key of a batch under which it carries how much a token of it counts."""
+
 Dress: TypeAlias = Callable[[Batch], Batch]
 """Adds to a batch what is known of it, such as what the teacher says."""
 
@@ -125,6 +128,18 @@ def steps_of(number: int, stage: Stage, text: Text, batches_per_step: int) -> in
 def count_tokens(batch: Batch) -> int:
     """How many tokens of a batch count."""
     return int((targets(batch) != IGNORED).sum())
+
+
+def weighed(batch: Batch, weight: float) -> Batch:
+    """``batch``, each of whose tokens counts ``weight`` times in the loss."""
+    return {**batch, WEIGHT: weight} if weight != 1 else batch
+
+
+def weight_of(batch: Batch) -> float:
+    """How much a token of ``batch`` counts in the loss."""
+    weight = batch.get(WEIGHT, 1.0)
+    assert isinstance(weight, float)  # none but `weighed` writes it
+    return weight
 
 
 class Listed(Dataset[Batch]):

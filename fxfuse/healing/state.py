@@ -43,7 +43,7 @@ class State:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FxfuseError(f"{str(path)!r} cannot be made a folder: {error.strerror}") from error
-        digest, model_ = _digest(text), model_digest(model)
+        digest, model_ = digest_text(text), model_digest(model)
         self._of = {"model": model_, "plan": plan.model_dump_json(), "text": digest, "method": settings}
         self.outcomes: list[Outcome] = []
         self.weights: list[dict[str, Tensor]] = []
@@ -82,11 +82,12 @@ class State:
             raise HealError(f"the state {str(path)!r} cannot be read ({error}): {again}") from error
 
 
-def _digest(text: Sequence[Kind]) -> str:
+def digest_text(text: Sequence[Kind]) -> str:
+    """What tells one text from another: kinds, how much they count, their batches and which of these are held out."""
     digest = hashlib.sha256()
     for kind in text:
         for part in (kind.fitted, kind.held):
-            digest.update(f"{kind.name} {len(part)}".encode())
+            digest.update(f"{kind.name} {kind.weight} {len(part)}".encode())
             for batch in part:
                 digest.update(digest_batch(batch).encode())
     return digest.hexdigest()

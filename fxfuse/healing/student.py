@@ -21,16 +21,22 @@ from fxfuse.plan import Plan
 _ADAPTER = "default"
 
 
-def student_of(model: nn.Module, trained: Collection[str]) -> nn.Module:
-    """A copy of ``model`` with parameters of its own where they are trained; elsewhere their memory is the model's."""
+def student_of(model: nn.Module, trained: Collection[str], start: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A copy of ``model`` with parameters of its own where they are trained, or ``start`` gives them other values.
+
+    Elsewhere their memory is the model's.
+    """
+    start = start or {}
     memo: dict[int, object] = {
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
         for name, parameter in model.named_parameters()
-        if name not in trained
+        if name not in trained and name not in start
     }
     student = copy.deepcopy(model, memo)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in trained)
+        if name in start:
+            parameter.data.copy_(start[name])
     return student
 
 

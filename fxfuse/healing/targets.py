@@ -77,7 +77,7 @@ def find_targets(planned: Captured, originals: Sequence[ResidualStream], plan: P
         plan: the plan.
     """
     gm, names = planned.gm, planned.names
-    own = {node: names[node] for node in _trainable(planned)}
+    own = trainable(planned)
     constant = weight_only(gm, parameters(gm, names))
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     places = {b.name: (stream, n) for stream in originals for n, each in enumerate(stream.sums) for b in each.branches}
@@ -120,7 +120,7 @@ def map_steps(planned: Captured, targets: Sequence[Target], plan: Plan) -> tuple
 
 def region_steps(planned: Captured, targets: Sequence[Target]) -> tuple[Step, ...]:
     """A step for each stretch of sums up to one with an FFN, with all parameters of its branches."""
-    own = _trainable(planned)
+    own = trainable(planned)
     uses = Counter(node for target in targets for branch in target.sum.branches for node in set(branch.parameters))
     steps: list[Step] = []
     names: list[str] = []
@@ -136,11 +136,11 @@ def region_steps(planned: Captured, targets: Sequence[Target]) -> tuple[Step, ..
     return tuple(steps)
 
 
-def _trainable(planned: Captured) -> set[fx.Node]:
-    """The placeholders of floating-point parameters."""
+def trainable(planned: Captured) -> dict[fx.Node, str]:
+    """The placeholders of floating-point parameters, and their names."""
     pairs = zip(planned.gm.graph.find_nodes(op="placeholder"), planned.inputs, strict=True)
     given = {node for node, value in pairs if isinstance(value, nn.Parameter) and value.is_floating_point()}
-    return {node for node in given if node in planned.names}
+    return {node: name for node, name in planned.names.items() if node in given}
 
 
 def _absent(source: ResidualStream, last: Sum, inside: set[str], plan: Plan) -> tuple[Term, ...]:

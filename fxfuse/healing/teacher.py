@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fxfuse._common.files import write_atomically
 from fxfuse.data.batches import Batch, call, eval_mode, fresh, logits_of
 from fxfuse.errors import HealError
+from fxfuse.healing.stages import WEIGHT
 from fxfuse.measure.resume import digest_batch
 from fxfuse.model.force import uncompiled
 
@@ -45,7 +46,7 @@ class Tap:
 
 def arguments(model: nn.Module, batch: Batch) -> dict[str, object]:
     """The arguments of a training's call: no labels, and no KV cache unless the batch asks for one."""
-    made = {name: value for name, value in batch.items() if name not in ("labels", LIKELIEST, TOKENS)}
+    made = {name: value for name, value in batch.items() if name not in ("labels", LIKELIEST, TOKENS, WEIGHT)}
     takes = "use_cache" in inspect.signature(model.forward).parameters
     return {"use_cache": False, **made} if takes else made
 

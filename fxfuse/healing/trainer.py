@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from fxfuse.data.batches import Batch, blaming
 from fxfuse.errors import NotFiniteError
 from fxfuse.healing.loss import completed, divergence, live, targets
-from fxfuse.healing.stages import count_tokens, only
+from fxfuse.healing.stages import count_tokens, only, weight_of
 from fxfuse.healing.student import bare
 from fxfuse.healing.teacher import LIKELIEST, TOKENS, Tap, arguments, checked, logits_now
 from fxfuse.measure.divergence import cosine_distance
@@ -85,9 +85,9 @@ class Distiller(Trainer):  # type: ignore[misc]  # transformers' own annotations
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The batches of a step, and how many tokens count in those of all processes."""
+        """The batches of a step, and how many tokens count in those of all processes, each as often as it does."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor([sum(map(count_tokens, samples))], device=device)
+        count = torch.tensor([sum((weight_of(batch) * count_tokens(batch) for batch in samples), 0.0)], device=device)
         return samples, self.accelerator.gather(count).sum()
 
     def compute_loss(
@@ -120,8 +120,9 @@ class Distiller(Trainer):  # type: ignore[misc]  # transformers' own annotations
             kind = torch.promote_types(own.dtype, torch.float32)
             loss = loss + self._weights.cosine * cosine_distance(own.to(kind), others.to(kind)).sum()
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        items = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = loss * processes / items.clamp_min(1)
+        weight = weight_of(inputs)
+        items = weight * (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = weight * loss * processes / torch.where(items > 0, items, 1)
         return (loss, output) if return_outputs else loss
 
     def prediction_step(

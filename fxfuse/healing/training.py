@@ -55,6 +55,12 @@ class StageRun:
     steps: int
     losses: tuple[float, ...]
 
+    def __str__(self) -> str:
+        """As in ``120 steps, loss 0.51 to 0.32``."""
+        return f"{self.steps:,} steps" + (
+            f", loss {self.losses[0]:.4g} to {self.losses[-1]:.4g}" if self.losses else ""
+        )
+
 
 def trainer_arguments(
     number: int, stage: Stage, text: Text, lr: float, folder: Path, keep: bool, given: Mapping[str, object]
@@ -112,8 +118,9 @@ def same_run(
     texts: Sequence[Text],
     runs: Sequence[TrainingArguments],
     settings: Sequence[object],
+    begun: str = "",
 ) -> None:
-    """See that ``folder`` is new, or was begun by a call with the same arguments.
+    """See that ``folder`` is new, or was begun by a call with the same arguments, and from the same state, ``begun``.
 
     Raises:
         HealError: it belongs to another run, or cannot be written.
@@ -124,6 +131,7 @@ def same_run(
         "text": [[digest_batch(text.first), text.count] for text in texts],
         "stages": [[run.max_steps, run.gradient_accumulation_steps, run.world_size, run.learning_rate] for run in runs],
         "settings": settings,
+        "start": begun,
     }
     own = json.loads(json.dumps(own, default=str))
     path = folder / "run.json"

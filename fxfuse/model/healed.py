@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from fxfuse._torch.compiled import original
 from fxfuse.errors import PlanError
 from fxfuse.graph.values import unwrapped
+from fxfuse.model.stand_ins import has_own_map
 from fxfuse.plan import Plan
 
 ENTRY = "fxfuse"
-"""The entry of a config: ``{"plan": ..., "healed": ...}``."""
+"""The entry of a config: ``{"plan": ..., "healed": ...}``, and ``"maps"``: attentions with linear maps of their own."""
 
 BUFFER = "fxfuse_healed_for"
 """The buffer of a module without a config: the plan's JSON, uint8."""
@@ -55,6 +56,22 @@ def mark_healed(model: nn.Module, plan: Plan) -> None:
     else:
         text = torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
         _bare(model).register_buffer(BUFFER, text)
+
+
+def marks(model: nn.Module) -> Callable[[], None]:
+    """A function that gives ``model`` the mark again that it has now, or none if it has none."""
+    configs = [(module, vars(module)["config"]) for module in _bare(model).modules() if "config" in vars(module)]
+    buffer: object = getattr(_bare(model), BUFFER, None)
+
+    def restore() -> None:
+        for module, config in configs:
+            module.config = config
+        if isinstance(buffer, Tensor):
+            _bare(model).register_buffer(BUFFER, buffer)
+        elif hasattr(_bare(model), BUFFER):
+            delattr(_bare(model), BUFFER)
+
+    return restore
 
 
 def healed_for(model: nn.Module | Mapping[str, Tensor]) -> Plan | None:
@@ -95,15 +112,30 @@ def kept(model: nn.Module) -> Plan | None:
     return healed_for(model) if entry is None else _plan_in(entry)
 
 
+def maps_of(model: nn.Module) -> tuple[str, ...]:
+    """The attentions that had a linear map of their own when the model was marked, by its mark."""
+    named = (_read(model) or {}).get("maps", ())
+    return tuple(map(str, named)) if isinstance(named, list | tuple) else ()
+
+
 def check(model: nn.Module, plan: Plan) -> None:
-    """See that a model which was healed runs under its plan.
+    """See that a model which was healed runs under its plan, and has all the weights that this takes.
 
     ``plan`` may name branches from further out or further in than the mark does, as parts and wrappers of a model do.
 
     Raises:
-        PlanError: it was healed for another plan; the message says which.
+        PlanError: it was healed for another plan; the message says which. Or the linear maps of its attentions are not
+            there: ``from_pretrained`` knows nothing of them.
     """
-    if _unchecked.get() or (healed := healed_for(model)) is None or _same(plan, healed):
+    if _unchecked.get():
+        return
+    modules = dict(_bare(model).named_modules())
+    if bare := [name for name in maps_of(model) if name in modules and not has_own_map(modules[name])]:
+        raise PlanError(
+            f"{bare[0]!r} of this model is a linear map in its checkpoint, which from_pretrained does not load: load "
+            "the folder by fxfuse.data.loading.load"
+        )
+    if (healed := healed_for(model)) is None or _same(plan, healed):
         return
     given = f"and is given another ({_short(plan)})" if plan else "and is given none"
     raise PlanError(
@@ -145,7 +177,9 @@ def _write(model: nn.Module, plan: Plan, healed: bool) -> None:
     old = _config(model)
     new = copy.copy(old)
     if plan:
-        setattr(new, ENTRY, {"plan": json.loads(plan.model_copy(update={"why": ()}).to_json()), "healed": healed})
+        entry = {"plan": json.loads(plan.model_copy(update={"why": ()}).to_json()), "healed": healed}
+        maps = [name for name, module in _bare(model).named_modules() if has_own_map(module)]
+        setattr(new, ENTRY, entry | ({"maps": maps} if maps else {}))
     else:
         vars(new).pop(ENTRY, None)
     for module in _bare(model).modules():

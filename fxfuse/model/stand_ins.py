@@ -156,6 +156,11 @@ def as_before(module: nn.Module, added: bool) -> None:
         delattr(module, OWN_MAP)
 
 
+def has_own_map(module: nn.Module) -> bool:
+    """Whether pruning gave this module a linear map of its own."""
+    return is_linear(module) and OWN_MAP in dict(module.named_children())
+
+
 def is_dropped(module: nn.Module) -> bool:
     """Whether pruning took this module's contribution away."""
     return isinstance(module, Dropped) or hasattr(module, _SILENCED)

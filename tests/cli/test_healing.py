@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from fxfuse import Plan
 from fxfuse.cli.main import main
 from fxfuse.data.loading import load
+from fxfuse.errors import HealError
 from fxfuse.model.healed import healed_for
 from tests.models.tiny import llama
 
@@ -70,3 +71,41 @@ def test_a_healed_model_is_not_healed_again(folder: Path, capsys: pytest.Capture
         main(["heal", str(folder / "model"), "--plan", str(folder / "plan.json"), "-o", str(folder / "again")])
     assert "give the original model" in str(ended.value.code)
     assert not (folder / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("30", 30.0), ("fit=5,distill=20", {"fit": 5.0, "distill": 20.0}), ("fit=5", {"fit": 5.0})]
+)
+def test_methods_times_and_weights_are_handed_on(
+    folder: Path, given: str, wanted: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def heal(model: Any, plan: Plan, kinds: Any, method: Any, **options: Any) -> Any:
+        seen.update(options, method=method, kinds=list(kinds))
+        raise HealError("enough was seen")
+
+    monkeypatch.setattr("fxfuse.heal", heal)
+    assert (
+        run(folder, "-o", str(folder / "healed"), "--method", "fit,distill", "--minutes", given, "--weight", "2") == 1
+    )
+
+    assert seen["method"] == ["fit", "distill"] and seen["minutes"] == wanted
+    assert seen["weights"] == {seen["kinds"][0]: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--minutes", "soon"], "--minutes soon"),
+        (["--minutes", "fit=5,distill"], "give a number"),
+        (["--minutes", "local=5"], "minutes has 'local'"),
+        (["--weight", "2", "--weight", "1"], "there are 2 weights and 1 texts"),
+        (["--weight", "0"], "positive"),
+    ],
+)
+def test_what_cannot_be_read_is_said(folder: Path, options: list[str], words: str) -> None:
+    arguments = [str(folder / "model"), "--plan", str(folder / "plan.json"), "--text", str(folder / "text.txt")]
+    with pytest.raises(SystemExit) as ended:
+        main(["heal", *arguments, "-o", str(folder / "healed"), "--own", "0", *options])
+    assert words in str(ended.value.code) and not (folder / "healed").exists()

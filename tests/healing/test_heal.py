@@ -177,7 +177,7 @@ def test_what_heals_one_kind_of_text_and_hurts_another_is_not_kept(monkeypatch: 
     def judged(*args: object, **kwargs: object) -> Metrics:
         return Metrics(1, 1, 1.0, (1.0, 1.0), kl=next(scores))
 
-    monkeypatch.setattr("fxfuse.healing.heal.evaluate", judged)
+    monkeypatch.setattr("fxfuse.healing.judge.evaluate", judged)
     healing = fxfuse.heal(model, DROP, {"one": text(), "other": text(start=50)})
 
     assert healing.share == 0

@@ -7,12 +7,13 @@ Ghosted Layers (arXiv 2605.15491) and of NBL (arXiv 2505.21077), at every sum, o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fxfuse.healing.ridge import STRENGTHS, Sums, solve
+from fxfuse.healing.ridge import STRENGTHS, Sums, shares, solve
 from fxfuse.healing.steps import Outcome, Sample, check_amount
 
 
@@ -69,18 +70,29 @@ def _sums(samples: Sequence[Sample], part: slice, weights: Mapping[str, Tensor])
 
 
 def _best(fitted: Sums, held: Sequence[Sums]) -> tuple[float, Tensor] | None:
-    """The strength, and its change, that leaves least of the errors on text held out; None if none lessens them."""
-    best: tuple[float, Tensor] | None = None
-    least = 1.0 - 1e-4
-    if not all(sums.error(None) > 0 for sums in held):
+    """The strength, and its change, that leaves least of the errors on text held out; None if none lessens them.
+
+    What is left falls with the strength and then rises, so it is sought from the middle of the strengths, uphill and
+    down, and not at all of them.
+    """
+    if not all(sums.square > 0 for sums in held):
         return None
-    for strength in STRENGTHS:
-        if (change := solve(fitted, strength)) is None:
-            continue
-        left = sum(sums.error(change) / sums.error(None) for sums in held) / len(held)
-        if left < least:
-            least, best = left, (strength, change)
-    return best
+    judge = shares(held)
+    tried: dict[int, Tensor | None] = {}
+    left: dict[int, float] = {}
+
+    def at(index: int) -> float:
+        if index not in left:
+            within = 0 <= index < len(STRENGTHS)
+            tried[index] = change = solve(fitted, STRENGTHS[index]) if within else None
+            left[index] = math.inf if change is None else judge.error(change)
+        return left[index]
+
+    index = len(STRENGTHS) // 2
+    while (better := min((index, index - 1, index + 1), key=at)) != index:
+        index = better
+    change = tried[index]
+    return None if change is None or left[index] >= 1 - 1e-4 else (STRENGTHS[index], change)
 
 
 def _error(held: Sequence[Sums], change: Tensor | None) -> float:

@@ -7,6 +7,7 @@ residual that the stream should gain, and w weighs the tokens. ``D = B (A + stre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,16 @@ class Sums:
         if change is not None:
             total += float(((change @ self.gram) * change).sum() - 2 * (change * self.cross).sum())
         return max(total, 0.0) / self.tokens
+
+
+def shares(parts: Sequence[Sums]) -> Sums:
+    """Sums whose error is the mean over ``parts`` of what a change leaves of the error of each."""
+    mean = [1 / (len(parts) * part.square) for part in parts]
+    gram, cross = torch.zeros_like(parts[0].gram), torch.zeros_like(parts[0].cross)
+    for part, factor in zip(parts, mean, strict=True):
+        gram.add_(part.gram, alpha=factor)
+        cross.add_(part.cross, alpha=factor)
+    return Sums(gram, cross, 1.0, 1)
 
 
 def solve(sums: Sums, strength: float) -> Tensor | None:

@@ -1,15 +1,17 @@
 """Claim: most of what a plan costs comes back, in minutes on two cores, and no text gets worse.
 
-    python benchmarks/healing.py --json FILE [--plans 3 6 6+3 9 9+4 12] [--methods fit fit,local] [--peers] [--time]
+    python benchmarks/healing.py --json FILE [--plans 3 6 6+3 9 9+4 12 6L] [--how fit "linear, fit" NBL] [--time]
 
-SmolLM2-135M. For each plan (6+3: the six attentions of least recorded KL dropped, and three pairs of the FFNs that are
-then neighbours fused) the perplexity and the KL to the original, unhealed, and healed by each method, with the
-attentions dropped and with linear maps in their place. They are measured on two kinds of text that take part in nothing
-else: "near", topics of Python's documentation that were not healed on, and "far", licence texts. It is healed on other
-topics, on docstrings of the standard library, and on text that the model writes itself. ``--peers`` adds what others do
-in closed form with as many attentions (healing_peers.py); ``--time`` compiles the plans of FILE and times decode steps.
+SmolLM2-135M. For each plan the perplexity and the KL to the original, unhealed, and healed in several ways. A plan 6+3
+drops the six attentions of least recorded KL and fuses three pairs of the FFNs that are then neighbours; one with L
+takes the attentions that cost least, each alone, as linear maps. They are measured on two kinds of text that take part
+in nothing else: "near", topics of Python's documentation that were not healed on, and "far", licence texts. It is
+healed on other topics, on docstrings of the standard library, and on text that the model writes itself.
 
-FILE is written after each row; the same command goes on where it was. Minutes are those of a machine with other work.
+``--how`` names methods of heal, "linear, " before those that put linear maps in the attentions' places, and peers that
+do with as many attentions what they do in closed form (healing_peers.py). ``--time`` compiles the plans of FILE and
+times decode steps. FILE is written after each row; the same command goes on where it was. What comes back is compared
+with the attentions dropped. Minutes hold for a machine with other work on it, where ``load`` is above 1.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from healing_peers import nbl, skip
+from healing_peers import linear_maps, nbl, skip
 from torch import nn
 
 import fxfuse
@@ -125,10 +127,33 @@ class Bench:
             fxfuse.record(self.model, text, max_group=0, progress=True).save(path)
         return fxfuse.Recording.load(path)
 
+    @cached_property
+    def costs(self) -> dict[str, float]:
+        """KL with the attention of each layer alone as a linear map, on topics that neither fit nor judge."""
+        path = self.path.with_suffix(".costs.json")
+        if not path.exists():
+            model: Any = self.model
+            text = self.batches(python_documentation("plan"), self.sizes.record)
+            fitted = [batch for kind in ("documentation", "docstrings") for batch in self.texts[kind]]
+            student, costs = copy.deepcopy(model), dict[str, float]()
+            for layer, made in linear_maps(model, range(len(model.model.layers)), fitted).items():
+                block = student.model.layers[layer]
+                block.self_attn, attention = made, block.self_attn
+                costs[str(layer)] = float(fxfuse.evaluate(student, text, reference=model).kl or 0)
+                block.self_attn = attention
+            write_atomically(path, json.dumps(costs).encode())
+        made_before: dict[str, float] = json.loads(path.read_text())
+        return made_before
+
     def plan(self, name: str) -> Plan:
         """The plan that ``name`` says: 6+3 drops six attentions and fuses three pairs."""
         drops, _, pairs = name.partition("+")
-        return grouped(fxfuse.make_plan(self.recording, drop=int(drops)), int(pairs or 0))
+        if drops.endswith("L"):
+            cheapest = sorted(self.costs, key=self.costs.__getitem__)[: int(drops[:-1])]
+            plan = Plan(drop=[f"model.layers.{layer}.self_attn" for layer in sorted(map(int, cheapest))])
+        else:
+            plan = fxfuse.make_plan(self.recording, drop=int(drops))
+        return grouped(plan, int(pairs or 0))
 
     def judge(self, student: nn.Module, plan: Plan) -> dict[str, dict[str, float | None]]:
         planned = Planned(student)
@@ -204,24 +229,19 @@ class Bench:
             self.save()
 
 
-def wanted(plans: Sequence[str], methods: Sequence[str], peers: bool) -> Iterator[tuple[str, str]]:
-    """The rows, by plan and by how it is healed."""
+def wanted(plans: Sequence[str], ways: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The rows, by plan and by how it is healed; peers know no groups."""
     yield "", "original"
     for plan in plans:
         yield plan, "unhealed"
-        for method in methods:
-            yield plan, method
-            yield plan, f"linear, {method}"
-        if peers and "+" not in plan:
-            yield from ((plan, peer) for peer in PEERS)
+        yield from ((plan, how) for how in ways if how not in PEERS or "+" not in plan)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="the rows; those that are there are not made again")
-    parser.add_argument("--plans", nargs="+", default=["3", "3+1", "6", "6+3", "9", "9+4", "12"])
-    parser.add_argument("--methods", nargs="+", default=["fit"], help="of heal; several joined by commas")
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--plans", nargs="+", default=["3", "6", "6+3", "9", "9+4", "12", "6L"])
+    parser.add_argument("--how", nargs="+", default=["fit", "linear, fit", *PEERS])
     parser.add_argument("--time", action="store_true", help="time the plans of the file; the machine has to be calm")
     parser.add_argument("--tokens", type=int, default=16384, help="of each of three kinds of text to heal on")
     parser.add_argument("--judge", type=int, default=8192, help="tokens of each text that judges")
@@ -238,7 +258,7 @@ def main() -> None:
     print("|---" * 10 + "|")
     if arguments.time:
         bench.time(arguments.context, arguments.repeats)
-    for plan, how in wanted(arguments.plans, arguments.methods, arguments.peers):
+    for plan, how in wanted(arguments.plans, arguments.how):
         bench.row(plan, how)
 
 

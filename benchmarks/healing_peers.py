@@ -46,8 +46,8 @@ class Linear(nn.Module):
 
 
 @torch.no_grad()
-def nbl(model: Any, layers: Sequence[int], batches: Batches) -> nn.Module:
-    """Linear maps with a bias in place of the attentions of ``layers``."""
+def linear_maps(model: Any, layers: Sequence[int], batches: Batches) -> dict[int, Linear]:
+    """The best linear map, with a bias, in place of the attention of each of ``layers`` alone."""
     fits = {layer: Fit() for layer in layers}
 
     def look(layer: int) -> Callable[..., None]:
@@ -59,9 +59,14 @@ def nbl(model: Any, layers: Sequence[int], batches: Batches) -> nn.Module:
             stack.callback(hook.remove)
         for batch in batches:
             model.model(**batch)
+    return {layer: Linear(*fit.solve()) for layer, fit in fits.items()}
+
+
+def nbl(model: Any, layers: Sequence[int], batches: Batches) -> nn.Module:
+    """Linear maps in place of the attentions of ``layers``."""
     student = copy.deepcopy(model)
-    for layer, fit in fits.items():
-        student.model.layers[layer].self_attn = Linear(*fit.solve())
+    for layer, made in linear_maps(model, layers, batches).items():
+        student.model.layers[layer].self_attn = made
     return student
 
 

@@ -7,13 +7,12 @@ Ghosted Layers (arXiv 2605.15491) and of NBL (arXiv 2505.21077), at every sum, o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fxfuse.healing.ridge import STRENGTHS, Sums, shares, solve
+from fxfuse.healing.ridge import Sums, best_strength
 from fxfuse.healing.steps import Outcome, Sample, check_amount
 
 
@@ -40,7 +39,7 @@ def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], 
         fitted, held = _sums(samples, part, weights)
         check_amount(fitted.tokens, len(fitted.cross))
         errors.append(_error(held, None))
-        if (best := _best(fitted, held)) is None:
+        if (best := best_strength(fitted, held)) is None:
             continue
         strength, change = best
         errors.append(_error(held, change))
@@ -67,32 +66,6 @@ def _sums(samples: Sequence[Sample], part: slice, weights: Mapping[str, Tensor])
             made[key] = Sums.empty(inputs.shape[-1], goal.shape[-1], inputs.device)
         made[key].add(inputs, residual, weight)
     return made.pop(None), list(made.values())
-
-
-def _best(fitted: Sums, held: Sequence[Sums]) -> tuple[float, Tensor] | None:
-    """The strength, and its change, that leaves least of the errors on text held out; None if none lessens them.
-
-    What is left falls with the strength and then rises, so it is sought from the middle of the strengths, uphill and
-    down, and not at all of them.
-    """
-    if not all(sums.square > 0 for sums in held):
-        return None
-    judge = shares(held)
-    tried: dict[int, Tensor | None] = {}
-    left: dict[int, float] = {}
-
-    def at(index: int) -> float:
-        if index not in left:
-            within = 0 <= index < len(STRENGTHS)
-            tried[index] = change = solve(fitted, STRENGTHS[index]) if within else None
-            left[index] = math.inf if change is None else judge.error(change)
-        return left[index]
-
-    index = len(STRENGTHS) // 2
-    while (better := min((index, index - 1, index + 1), key=at)) != index:
-        index = better
-    change = tried[index]
-    return None if change is None or left[index] >= 1 - 1e-4 else (STRENGTHS[index], change)
 
 
 def _error(held: Sequence[Sums], change: Tensor | None) -> float:

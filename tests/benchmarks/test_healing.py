@@ -129,3 +129,19 @@ def test_runs_of_ffns_with_the_last_in_and_out(scripts: Any) -> None:
     assert plan.parallel == (("model.layers.4.mlp", "model.layers.5.mlp"),)
     assert scripts[2].plan_of(4, 3, "first out").parallel == (("model.layers.5.mlp", "model.layers.6.mlp"),)
     assert not scripts[2].plan_of(4, 2, "last out").parallel
+
+
+@pytest.mark.slow
+def test_runs_are_measured_unhealed_and_fitted(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last_ffn, path = scripts[2], tmp_path / "last_ffn.json"
+    subject = last_ffn.Subject(llama(4, torch.float32), text(6), text(6)[:1], 1)
+    monkeypatch.setattr(last_ffn, "small", lambda *_: subject)
+    monkeypatch.setattr(sys, "argv", ["last_ffn.py", "--json", str(path), "--models", "small", "--runs", "2"])
+    last_ffn.main()
+
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["fit"], row["group"]) for row in rows] == [(fit, g) for fit in (False, True) for g in ("none", "all")]
+    assert rows[2]["kl"] < rows[0]["kl"] and rows[3]["kl"] < rows[1]["kl"]
+    assert f"| {rows[0]['kl']:.4f} | {rows[1]['kl']:.4f} |" in capsys.readouterr().out

@@ -288,6 +288,13 @@ MUTATIONS = (
         ("tests/healing/test_fit.py",),
     ),
     Mutation(
+        "seek the ridge's strength among smaller ones alone",
+        "fxfuse/healing/ridge.py",
+        "min((index, index - 1, index + 1), key=at)",
+        "min((index, index - 1), key=at)",
+        ("tests/healing/test_ridge.py", "-k", "best_of_all"),
+    ),
+    Mutation(
         "fit the map of the bias to the weight's",
         "fxfuse/healing/maps.py",
         "inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], -1)",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxfuse.healing.ridge import STRENGTHS, Sums, solve
+from fxfuse.healing.ridge import Sums, best_strength
 from fxfuse.healing.steps import Outcome, Sample, check_amount
 
 
@@ -39,7 +39,7 @@ def fit_step(samples: Sequence[Sample], block: int) -> tuple[dict[str, Tensor], 
         fitted, held = _sums(samples, part, weights)
         check_amount(fitted.tokens, len(fitted.cross))
         errors.append(_error(held, None))
-        if (best := _best(fitted, held)) is None:
+        if (best := best_strength(fitted, held)) is None:
             continue
         strength, change = best
         errors.append(_error(held, change))
@@ -66,21 +66,6 @@ def _sums(samples: Sequence[Sample], part: slice, weights: Mapping[str, Tensor])
             made[key] = Sums.empty(inputs.shape[-1], goal.shape[-1], inputs.device)
         made[key].add(inputs, residual, weight)
     return made.pop(None), list(made.values())
-
-
-def _best(fitted: Sums, held: Sequence[Sums]) -> tuple[float, Tensor] | None:
-    """The strength, and its change, that leaves least of the errors on text held out; None if none lessens them."""
-    best: tuple[float, Tensor] | None = None
-    least = 1.0 - 1e-4
-    if not all(sums.error(None) > 0 for sums in held):
-        return None
-    for strength in STRENGTHS:
-        if (change := solve(fitted, strength)) is None:
-            continue
-        left = sum(sums.error(change) / sums.error(None) for sums in held) / len(held)
-        if left < least:
-            least, best = left, (strength, change)
-    return best
 
 
 def _error(held: Sequence[Sums], change: Tensor | None) -> float:

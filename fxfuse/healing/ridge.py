@@ -7,6 +7,8 @@ residual that the stream should gain, and w weighs the tokens. ``D = B (A + stre
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +67,16 @@ class Sums:
         return max(total, 0.0) / self.tokens
 
 
+def shares(parts: Sequence[Sums]) -> Sums:
+    """Sums whose error is the mean over ``parts`` of what a change leaves of the error of each."""
+    mean = [1 / (len(parts) * part.square) for part in parts]
+    gram, cross = torch.zeros_like(parts[0].gram), torch.zeros_like(parts[0].cross)
+    for part, factor in zip(parts, mean, strict=True):
+        gram.add_(part.gram, alpha=factor)
+        cross.add_(part.cross, alpha=factor)
+    return Sums(gram, cross, 1.0, 1)
+
+
 def solve(sums: Sums, strength: float) -> Tensor | None:
     """The change ``[d, units]``, float64, for a strength relative to the mean of the Gram matrix' diagonal.
 
@@ -79,3 +91,31 @@ def solve(sums: Sums, strength: float) -> Tensor | None:
     ridge.diagonal().add_(strength * sums.gram.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(ridge)
     return None if bool(failed) else torch.cholesky_solve(sums.cross.T, factor).T
+
+
+def best_strength(fitted: Sums, held: Sequence[Sums]) -> tuple[float, Tensor] | None:
+    """The strength, and its change, that leaves least of the errors on text held out; None if none lessens them.
+
+    What is left falls with the strength and then rises, so it is sought from the middle of the strengths, towards
+    either side, and not at all of them.
+    """
+    if not all(sums.square > 0 for sums in held):
+        return None
+    judge, left = shares(held), dict[int, float]()
+    least = 1 - 1e-4
+    best: tuple[float, Tensor] | None = None
+
+    def at(index: int) -> float:
+        nonlocal least, best
+        if index not in left:
+            strength = STRENGTHS[index] if 0 <= index < len(STRENGTHS) else None
+            change = None if strength is None else solve(fitted, strength)
+            left[index] = math.inf if change is None else judge.error(change)
+            if strength is not None and change is not None and left[index] < least:
+                least, best = left[index], (strength, change)
+        return left[index]
+
+    index = len(STRENGTHS) // 2
+    while (better := min((index, index - 1, index + 1), key=at)) != index:
+        index = better
+    return best

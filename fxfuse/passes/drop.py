@@ -16,7 +16,8 @@ from fxfuse.passes.base import Control, Edit, Pass, PassReport
 from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.runner import run
 from fxfuse.passes.select import check_known
-from fxfuse.stream.branch import KEPT
+from fxfuse.stream.branch import KEPT, Branch
+from fxfuse.stream.carry import carried
 from fxfuse.stream.rewrite import resum
 
 
@@ -35,11 +36,13 @@ class Drop(Pass):
         rewritten = graph.overwritten
         replaced: dict[fx.Node, fx.Node] = {}
         owners = Counter(node for stream in graph.streams for branch in stream.branches for node in branch.nodes)
+        dropped: dict[Branch, None] = {}
         for stream in graph.streams:
             for residual in stream.sums:
                 gone = [branch for branch in residual.branches if branch.name in self.branches]
                 if not gone:
                     continue
+                dropped.update(dict.fromkeys(gone))
                 left = {term for branch in gone for term in branch.terms}
                 kept_terms = [term for term in residual.terms if term not in left]
                 resum(graph.graph, residual, kept_terms, replaced, rewritten)
@@ -52,6 +55,7 @@ class Drop(Pass):
                     detail = f"{kept} of its nodes serve others and stay" if kept else ""
                     report.done.append(Edit((branch.name,), "dropped", detail))
         erase_empty_regions(graph.graph)
+        graph.carry(carried(graph.streams, graph.graph, dropped, replaced))
         return report
 
 

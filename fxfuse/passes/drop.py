@@ -5,7 +5,6 @@ Source: LLM-Drop (arXiv 2406.15786); the no-op blocks of Puzzle (arXiv 2411.1914
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from fxfuse.graph.surgery import erase_dead, erase_empty_regions
 from fxfuse.passes.base import Control, Edit, Pass, PassReport
 from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.runner import run
-from fxfuse.passes.select import check_known
+from fxfuse.passes.select import check_known, owners_of
 from fxfuse.stream.branch import KEPT, Branch
 from fxfuse.stream.carry import carried
 from fxfuse.stream.rewrite import resum
@@ -35,7 +34,7 @@ class Drop(Pass):
         check_known(self.branches, graph.streams)
         rewritten = graph.overwritten
         replaced: dict[fx.Node, fx.Node] = {}
-        owners = Counter(node for stream in graph.streams for branch in stream.branches for node in branch.nodes)
+        owners = owners_of(graph.streams)
         dropped: dict[Branch, None] = {}
         for stream in graph.streams:
             for residual in stream.sums:

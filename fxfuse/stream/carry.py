@@ -73,8 +73,8 @@ def _without(
     points = points[first : last + 1]
     if any(point not in alive for point in points):
         return None
-    own = {node: level - first for node, level in levels.items() if first <= level <= last and node in alive}
-    return ResidualStream(tuple(sums), points, own)
+    within = {node: level - first for node, level in levels.items() if first <= level <= last and node in alive}
+    return ResidualStream(tuple(sums), points, within)
 
 
 def _branch(branch: Branch, replaced: Mapping[fx.Node, fx.Node]) -> Branch:

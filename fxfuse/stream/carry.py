@@ -56,11 +56,12 @@ def _without(
         branches = tuple(branch for branch in residual.branches if branch not in dropped)
         left = {term for branch in residual.branches if branch in dropped for term in branch.terms}
         terms = tuple(term for term in residual.terms if term not in left)
+        point = stream.points[stream.levels[residual.stream.node]]
         taken, out = _now(residual.stream, replaced), _now(residual.out, replaced)
         if branches:
             own = tuple(_branch(branch, replaced) for branch in branches)
             sums.append(Sum(taken, out, _now(terms, replaced), own, residual.write))
-        elif terms or out is not taken.node:
+        elif terms or out is not taken.node or out is not _now(point, replaced):
             return None
     if not sums:
         return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import fx
 
 import fxfuse
 from fxfuse.passes import apply_plan, canonical
@@ -16,6 +19,7 @@ from fxfuse.passes.simplify import Simplify
 from fxfuse.stream.finder import ResidualStream, find_streams
 from tests.models import build, capture, make_input
 from tests.models import spec as s
+from tests.models.blocks import Layer, Stream, SwiGLU, ready, trace, vectors
 from tests.models.strategies import fusing_plans, residual_models, swiglu_models
 from tests.properties.examples import examples
 
@@ -36,20 +40,34 @@ def described(stream: ResidualStream) -> list[object]:
     return lines
 
 
+def assert_carried_as_found(gm: fx.GraphModule, choose: Callable[[list[str]], Collection[str]]) -> None:
+    """Drop what ``choose`` chooses of the names of the branches, and find the streams anew beside what was carried."""
+    with running(gm, tied=True) as runner:
+        runner(Simplify(None))
+        graph = runner.name(None)
+        names = [branch.name for stream in graph.streams for branch in stream.branches]
+
+        runner(Drop(frozenset(choose(names))))
+
+        assert [described(stream) for stream in graph.streams] == [described(stream) for stream in find_streams(gm)]
+
+
 @given(spec=st.one_of(residual_models(in_place=False), swiglu_models()), data=st.data())
 @examples(40)
 @torch.no_grad()
 def test_it_is_what_would_be_found_anew(spec: s.Model, data: st.DataObject) -> None:
     gm, _ = capture(build(spec), make_input(spec))
-    with running(gm, tied=True) as runner:
-        runner(Simplify(None))
-        graph = runner.name(None)
-        names = [branch.name for stream in graph.streams for branch in stream.branches]
-        dropped = data.draw(st.sets(st.sampled_from(names), min_size=1)) if names else set()
 
-        runner(Drop(frozenset(dropped)))
+    assert_carried_as_found(gm, lambda names: data.draw(st.sets(st.sampled_from(names), min_size=1)) if names else ())
 
-        assert [described(stream) for stream in graph.streams] == [described(stream) for stream in find_streams(gm)]
+
+@pytest.mark.parametrize("dropped", [(0,), (1,), (2,), (0, 1), (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_it_is_so_where_sums_take_the_stream_through_casts(dtype: torch.dtype, dropped: tuple[int, ...]) -> None:
+    model = Stream(*(Layer(SwiGLU(), add=lambda h, f: h.float() + f) for _ in range(3)))
+    traced = trace(ready(model).to(dtype), vectors().to(dtype))
+
+    assert_carried_as_found(traced.gm, lambda names: [names[index] for index in dropped])
 
 
 @given(spec=swiglu_models(), data=st.data())

@@ -34,7 +34,8 @@ def main() -> None:
             return model(**batch, use_cache=False)
 
     samples = interleave({"forward": forward, "record": lambda: recorder(0, batch)}, arguments.repeats)
-    branches = len(recorder.places)
+    assert recorder.measured is not None
+    branches = len(recorder.measured.places)
     passes = samples.ratio("record", "forward")
     rows = {
         "tokens": arguments.tokens,

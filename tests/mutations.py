@@ -157,7 +157,7 @@ MUTATIONS = (
     Mutation(
         "take another eps for the same norm",
         "fxfuse/passes/compatible.py",
-        ', repr(found.args.get("eps")))',
+        ', repr(call.args.get("eps")))',
         ")",
         ("tests/passes/test_fuse_ffn.py",),
     ),
@@ -178,7 +178,7 @@ MUTATIONS = (
     Mutation(
         "forget the factor of a stream",
         "fxfuse/stream/rewrite.py",
-        "start = _times(graph, taken, [*each.stream.scale.nodes, *([] if number == 1.0 else [number])])",
+        "start = _times(graph, taken, [*residual.stream.scale.nodes, *([] if number == 1.0 else [number])])",
         "start = taken",
         ("tests/passes/test_factors.py",),
     ),
@@ -251,6 +251,13 @@ MUTATIONS = (
         "            self._graph.forget()",
         "            pass",
         ("tests/passes/test_runner.py", "tests/passes/test_pipeline.py"),
+    ),
+    Mutation(
+        "carry an FFN over a drop with the point that it read before",
+        "fxfuse/stream/carry.py",
+        "ffn=_now(branch.ffn, replaced),",
+        "ffn=branch.ffn,",
+        ("tests/properties/test_carry.py",),
     ),
     Mutation(
         "take what a call saw for what was packed",

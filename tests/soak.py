@@ -102,7 +102,7 @@ def trace_model(
         strict=bool(plan),
         root=model,
         inputs=[*weights(), x],
-        share=options["weights"] == "share",
+        weights=options["weights"],  # type: ignore[arg-type]  # likewise
         kernels=options["kernels"],  # type: ignore[arg-type]  # drawn from its values
         merge_gate_up=bool(options["merge_gate_up"]),
     )

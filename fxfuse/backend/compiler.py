@@ -70,7 +70,7 @@ def ffnfuse(
             plan,
             names=names,
             strict=chosen.strict,
-            share=chosen.weights == "share",
+            weights=chosen.weights,
             merge_gate_up=chosen.merge_gate_up,
             kernels=chosen.kernels,
             elsewhere=elsewhere(root, names, plan),

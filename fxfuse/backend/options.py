@@ -10,7 +10,7 @@ from typing import TypeAlias, get_args
 from torch import Tensor, fx
 
 from fxfuse.errors import OptionError, alike, nearest
-from fxfuse.packing.strategy import Mode
+from fxfuse.packing.strategy import Weights
 from fxfuse.passes.emit.kernel import Kernels
 from fxfuse.plan import Plan, PlanFile, edits_of
 
@@ -46,7 +46,7 @@ class Options:
     plan: Plan | PlanFile | None = None
     inner: str | Compiler = "inductor"
     inner_options: Mapping[str, object] = field(default_factory=dict)
-    weights: Mode = "copy"
+    weights: Weights = "copy"
     kernels: Kernels = "auto"
     merge_gate_up: bool = False
     prepack: bool = False
@@ -84,7 +84,7 @@ class Options:
             if not isinstance(dump, str | os.PathLike):
                 raise OptionError(f"option 'dump' is the path of a folder, not {dump!r}")
             values["dump"] = os.fspath(dump)
-        if values.get("weights", "copy") not in get_args(Mode):
+        if values.get("weights", "copy") not in get_args(Weights):
             raise OptionError(f"option 'weights' is 'copy' or 'share', not {values['weights']!r}")
         if values.get("kernels", "auto") not in get_args(Kernels):
             raise OptionError(f"option 'kernels' is 'auto', 'fxfuse' or 'aten', not {values['kernels']!r}")

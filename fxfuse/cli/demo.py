@@ -77,17 +77,17 @@ class Result:
     def to_json(self) -> str:
         """All of it, as a JSON object."""
         times = {
-            f"{each.phase}, {each.tokens} tokens": {
+            f"{latencies.phase}, {latencies.tokens} tokens": {
                 name: {
-                    "median_seconds": each.samples.median(name),
-                    "to_original": each.samples.ratio(name, ORIGINAL),
-                    "to_original_under_ffnfuse": each.samples.ratio(name, UNPLANNED),
+                    "median_seconds": latencies.samples.median(name),
+                    "to_original": latencies.samples.ratio(name, ORIGINAL),
+                    "to_original_under_ffnfuse": latencies.samples.ratio(name, UNPLANNED),
                 }
-                for name in each.samples.seconds
+                for name in latencies.samples.seconds
             }
-            for each in self.latencies
+            for latencies in self.latencies
         }
-        found = {
+        data = {
             "machine": str(self.machine),
             "plan": json.loads(self.plan.to_json()),
             "metrics": {name: json.loads(metrics.to_json()) for name, metrics in self.metrics.items()},
@@ -95,7 +95,7 @@ class Result:
             "latency_void": self.void,
             "cache_bytes_per_token": dict(self.cache_bytes),
         }
-        return json.dumps(found, indent=2)
+        return json.dumps(data, indent=2)
 
 
 def run(loaded: Loaded, folder: Path, max_kl: float, sizes: Sizes, console: Console, inner: str = "inductor") -> Result:
@@ -122,7 +122,7 @@ def run(loaded: Loaded, folder: Path, max_kl: float, sizes: Sizes, console: Cons
     for decision in decisions:
         if decision.kl is not None:
             console.print(str(decision), markup=False, highlight=False)
-    console.print(f"{sum(each.kl is None for each in decisions)} edits refused by what was recorded alone")
+    console.print(f"{sum(decision.kl is None for decision in decisions)} edits refused by what was recorded alone")
     plan = plan_of(recording, decisions)
     plan.save(folder / "plan.json")
     console.print(f"{len(plan.drop)} attentions dropped, {len(plan.parallel)} groups; {folder / 'plan.json'}")
@@ -159,15 +159,15 @@ def _evaluated(
     loaded: Loaded, programs: Mapping[str, nn.Module], plans: Mapping[str, Plan], sizes: Sizes
 ) -> dict[str, Metrics]:
     batches = list(batches_of(loaded, python_documentation("hold out"), sizes.length, sizes.evaluate))
-    found = {}
+    metrics = {}
     with bar("evaluating", "programs", len(programs), True) as advance:
         for name, model in programs.items():
             if name in plans:
                 apply(model, plans[name], inner="eager")
             reference = None if name == ORIGINAL else programs[ORIGINAL]
-            found[name] = evaluate(model, batches, reference, progress=True)
+            metrics[name] = evaluate(model, batches, reference, progress=True)
             advance(1)
-    return found
+    return metrics
 
 
 def _prompt(loaded: Loaded, length: int) -> Tensor:
@@ -211,24 +211,24 @@ def _compiled(model: nn.Module, plan: Plan | None, inner: str) -> Program:
 def _show_metrics(console: Console, metrics: Mapping[str, Metrics]) -> None:
     table = Table("", "perplexity", "95%", "to original", "KL, nats/token", "top-1 agreement")
     base = metrics[ORIGINAL].perplexity
-    for name, found in metrics.items():
-        low, high = found.perplexity_interval
-        cells = [f"{found.perplexity:.2f}", f"{low:.2f} .. {high:.2f}"]
+    for name, measured in metrics.items():
+        low, high = measured.perplexity_interval
+        cells = [f"{measured.perplexity:.2f}", f"{low:.2f} .. {high:.2f}"]
         if name != ORIGINAL:
-            cells += [f"{found.perplexity / base - 1:+.1%}", f"{found.kl:.3f}", f"{found.agreement:.1%}"]
+            cells += [f"{measured.perplexity / base - 1:+.1%}", f"{measured.kl:.3f}", f"{measured.agreement:.1%}"]
         table.add_row(name, *cells)
     console.print(table)
     console.print(f"{metrics[ORIGINAL].tokens:,} tokens of text that was neither recorded nor planned on")
 
 
 def _show_latencies(console: Console, result: Result) -> None:
-    phases = [f"{each.phase} ({each.tokens} tokens), ms" for each in result.latencies]
+    phases = [f"{latencies.phase} ({latencies.tokens} tokens), ms" for latencies in result.latencies]
     table = Table("", *phases, "KV cache, bytes/token")
     for name in result.latencies[0].samples.seconds:
         cells = []
-        for each in result.latencies:
-            ratios = [f"{each.samples.ratio(name, base):.3f}" for base in (ORIGINAL, UNPLANNED)]
-            cells.append(f"{each.samples.median(name) * 1e3:.2f}  ({', '.join(ratios)})")
+        for latencies in result.latencies:
+            ratios = [f"{latencies.samples.ratio(name, base):.3f}" for base in (ORIGINAL, UNPLANNED)]
+            cells.append(f"{latencies.samples.median(name) * 1e3:.2f}  ({', '.join(ratios)})")
         table.add_row(name, *cells, f"{result.cache_bytes[name]:,.0f}" if name in result.cache_bytes else "")
     console.print(table)
     console.print(

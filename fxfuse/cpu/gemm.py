@@ -16,7 +16,8 @@ from torch import Tensor, fx, ops
 
 from fxfuse.cpu import onednn
 from fxfuse.cpu.products import Product, as_dtype, products
-from fxfuse.cpu.race import Linear, Size, aten, fastest
+from fxfuse.cpu.race import Linear, aten, fastest
+from fxfuse.hardware.configs import Gemm
 
 
 def other_gemms(graph: fx.Graph) -> int:
@@ -25,20 +26,20 @@ def other_gemms(graph: fx.Graph) -> int:
     Args:
         graph: aten ops with fake tensors in ``node.meta["val"]``, as inductor has it after autograd.
     """
-    found = [
+    rewrites = [
         (product, _WRITTEN[way])
         for product in products(graph)
         if (size := product.size()) is not None and (way := gemm(size)) is not None
     ]
-    for product, write in found:
+    for product, write in rewrites:
         with graph.inserting_before(product.node):
             made = write(graph, product)
         product.replace(made)
-    return len(found)
+    return len(rewrites)
 
 
 @cache
-def gemm(size: Size) -> Linear | None:
+def gemm(size: Gemm) -> Linear | None:
     """The fastest one, ``torch.ops.fxfuse.linear`` or `in_float32`; None if that is PyTorch's own."""
     challengers: list[Linear] = []
     if onednn.computes(size.dtype):
@@ -46,8 +47,8 @@ def gemm(size: Size) -> Linear | None:
     if size.dtype != torch.float32:
         challengers.append(in_float32)
     own = aten(size)
-    found = fastest(own, challengers, size)
-    return None if found is own else found
+    best = fastest(own, challengers, size)
+    return None if best is own else best
 
 
 def in_float32(x: Tensor, weight: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def _by_onednn(graph: fx.Graph, product: Product) -> fx.Node:
 
 def _in_float32(graph: fx.Graph, product: Product) -> fx.Node:
     operands = (product.rows, product.turned, *((product.bias,) if product.bias is not None else ()))
-    rows, turned, *bias = (as_dtype(graph, each, torch.float32) for each in operands)
+    rows, turned, *bias = (as_dtype(graph, operand, torch.float32) for operand in operands)
     target = ops.aten.addmm.default if bias else ops.aten.mm.default
     return as_dtype(graph, graph.call_function(target, (*bias, rows, turned)), product.dtype)
 

@@ -13,15 +13,16 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import fx, ops
+from torch import Tensor, fx, ops
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse._torch.fake import tracing_nothing
 from fxfuse._torch.inductor import compile_graph
 from fxfuse.cpu.products import DTYPES, Product, as_dtype, products
-from fxfuse.cpu.race import Linear, Size, aten, wins
+from fxfuse.cpu.race import Linear, aten, linear_map, wins
 from fxfuse.graph.ops import op
 from fxfuse.graph.values import value
+from fxfuse.hardware.configs import Gemm
 
 MAX_ROWS = 4
 """Above, products with several rows at a time win: measured for float32 from 576 x 1536 to 11264 x 2048."""
@@ -48,7 +49,7 @@ def few_rows_as_loops(graph: fx.Graph) -> int:
     return len(few)
 
 
-_FASTER: dict[Size, bool] = {}
+_FASTER: dict[Gemm, bool] = {}
 
 
 def measure(gm: fx.GraphModule) -> None:
@@ -61,36 +62,39 @@ def measure(gm: fx.GraphModule) -> None:
             _FASTER[size] = loops_win(size)
 
 
-def _size_of(node: fx.Node) -> Size | None:
-    found = op(node)
-    given = [value(each) if each is not None else None for each in (found.node("input"), found.node("weight"))] \
-        if found is not None and found.name == "linear" else []  # fmt: skip
-    if not given or any(each is None or each.device.type != "cpu" or each.dtype not in DTYPES for each in given):
+def _size_of(node: fx.Node) -> Gemm | None:
+    call = op(node)
+    if call is None or call.name != "linear":
         return None
-    x, weight = given
-    assert x is not None and weight is not None
+    x, weight = (None if operand is None else value(operand) for operand in (call.node("input"), call.node("weight")))
+    if x is None or weight is None or not (_is_looked_at(x) and _is_looked_at(weight)):
+        return None
     sizes = (*x.shape, *weight.shape)
     if not all(isinstance(size, int) for size in sizes) or weight.numel() < LEAST or x.dtype != weight.dtype:
         return None
     rows = x.numel() // max(1, x.shape[-1])
-    return Size.of(rows, weight.shape[1], weight.shape[0], x.dtype) if 0 < rows <= MAX_ROWS else None
+    return linear_map(rows, weight.shape[1], weight.shape[0], x.dtype) if 0 < rows <= MAX_ROWS else None
+
+
+def _is_looked_at(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in DTYPES
 
 
 @cache
-def loops_win(size: Size) -> bool:
+def loops_win(size: Gemm) -> bool:
     """Whether loops are faster than PyTorch."""
     return wins(compiled_loops(size), aten(size), size)
 
 
 @cache
-def compiled_loops(size: Size) -> Linear:
+def compiled_loops(size: Gemm) -> Linear:
     """``x @ weight.T`` as inductor writes it for loops."""
     with tracing_nothing():
-        inputs = [torch.empty(count, size.fan_in, dtype=size.dtype) for count in (size.rows, size.fan_out)]
+        inputs = [torch.empty(count, size.K, dtype=size.dtype) for count in (size.M, size.N)]
         gm = make_fx(lambda x, weight: torch.mm(x, weight.t()), tracing_mode="fake")(*inputs)
         (product,) = products(gm.graph)
         with gm.graph.inserting_before(product.node):
-            made = _loops(gm.graph, product, size.rows)
+            made = _loops(gm.graph, product, size.M)
         product.replace(made)
         gm.recompile()
         return compile_graph(gm, inputs)

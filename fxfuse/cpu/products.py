@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, ops
 
-from fxfuse.cpu.race import Size, hint
+from fxfuse.cpu.race import hint, linear_map
+from fxfuse.hardware.configs import Gemm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes whose products are looked at."""
@@ -34,10 +35,10 @@ class Product:
     fan_in: int
     dtype: torch.dtype
 
-    def size(self) -> Size | None:
+    def size(self) -> Gemm | None:
         """Of a symbolic count the one at hand decides: others are computed as exactly, if perhaps not as fast."""
         rows = hint(self.count)
-        return Size.of(rows, self.fan_in, self.width, self.dtype) if rows else None
+        return linear_map(rows, self.fan_in, self.width, self.dtype) if rows else None
 
     def weight(self) -> fx.Node:
         """The weight ``[out, in]`` itself, written at the insertion point: a view."""

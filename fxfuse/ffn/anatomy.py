@@ -45,7 +45,7 @@ class GateUp:
     @property
     def unpackable(self) -> str:
         """Why its weights cannot be packed with others; an empty string if they can."""
-        matrices = [node for each in self.projections for node in (each.weight, each.bias)]
+        matrices = [node for leaf in self.projections for node in (leaf.weight, leaf.bias)]
         return unpackable([*matrices, *self.normed.weights])
 
 
@@ -123,10 +123,10 @@ class Recogniser:
         if not leaves:
             return "it has a single linear map, no hidden layer"
         projections = tuple(leaves.values())
-        inputs = {each.input for each in projections}
+        inputs = {leaf.input for leaf in projections}
         if len(inputs) > 1:
             return "its projections read different values"
-        if len({each.width for each in projections}) > 1:
+        if len({leaf.width for leaf in projections}) > 1:
             return "its projections have different widths"
         ordered = (
             tuple(node for node in down.output.graph.nodes if node in middle) if len(middle) > 1 else tuple(middle)
@@ -136,7 +136,7 @@ class Recogniser:
             return "its activation has parameters that are not one a hidden unit, or of another dtype"
         constants = tuple(dict.fromkeys(constant for constant, _ in uses))
         bare = normed(inputs.pop(), projections[0].fan_in, self._weights, belongs)
-        matrices = [node for each in (*projections, down) for node in (each.weight, each.bias)]
+        matrices = [node for leaf in (*projections, down) for node in (leaf.weight, leaf.bias)]
         if special := unpackable([*matrices, *constants, *out.gains, *bare.weights]):
             return special
         gated = _gated(_Half(leaves, middle))
@@ -155,7 +155,7 @@ class Recogniser:
         if len(deep) != 1:
             return None
         projections = tuple(deep[0].leaves.values())
-        inputs = {each.input for each in projections}
+        inputs = {leaf.input for leaf in projections}
         inputs |= {leaf.input for leaf, half in halves.items() if half is not deep[0]}  # of gates on the output
         if len(inputs) > 1:
             return None
@@ -195,16 +195,16 @@ class Recogniser:
             if leaf is not None:
                 leaves[node] = leaf
                 continue
-            found = op(node)
+            call = op(node)
             if unknown := _without_sizes(node):
                 return unknown
             if (write := written_by(node)) is not None:
                 return f"its hidden units are edited in place ({write.name})"
-            if found is None or not (is_pointwise(found) or layer(node, Change.ROWS)):
+            if call is None or not (is_pointwise(call) or layer(node, Change.ROWS)):
                 return f"between its projections stands {self._describe(node)}, which mixes units or tokens"
-            if drops_randomly(found):
-                return f"dropout with p={found.args.get('p', 0.5)} is active inside it (training mode)"
-            if found.inplace:
+            if drops_randomly(call):
+                return f"dropout with p={call.args.get('p', 0.5)} is active inside it (training mode)"
+            if call.inplace:
                 return f"it writes in place ({node.name})"
             middle[node] = None
             # Reversed, so that the first operand's projection is found first.
@@ -224,29 +224,29 @@ class Recogniser:
             if leaf is not None:
                 leaves[node] = leaf
                 continue
-            found = op(node)
-            if found is None or not leaves_tokens_apart(node, found):
+            call = op(node)
+            if call is None or not leaves_tokens_apart(node, call):
                 return None
             nodes[node] = None
             stack.extend(reversed(_read(node)))
         return _Half(leaves, nodes)
 
     def _describe(self, node: fx.Node) -> str:
-        found = op(node)
+        call = op(node)
         if (write := written_by(node)) is not None:
             return f"edited in place ({write.name})"
-        if found is not None and found.name in NORMS:
+        if call is not None and call.name in NORMS:
             return "a norm (sandwich or post-norm)"
-        if found is not None and drops_randomly(found):
-            return f"dropout with p={found.args.get('p', 0.5)}, which is active (training mode)"
+        if call is not None and drops_randomly(call):
+            return f"dropout with p={call.args.get('p', 0.5)}, which is active (training mode)"
         affine = layer(node, Change.GAIN | Change.SHIFT, self._weights)
         if affine is not None and affine.weight is not None and last_dim(affine.weight) == last_dim(node):
             inner = op(self._output(affine.source).outer)
             norm = inner is not None and (inner.name in NORMS or inner.name in ("mul", "div"))
             return "a norm (sandwich or post-norm)" if norm else "scaled per channel"
-        if found is not None and found.name == "mul" and len(node.all_input_nodes) == 2:
+        if call is not None and call.name == "mul" and len(node.all_input_nodes) == 2:
             return f"a product of two values ({node.name}), as of a gate on the output"
-        name = found.name if found is not None else str(getattr(node.target, "__name__", node.target))
+        name = call.name if call is not None else str(getattr(node.target, "__name__", node.target))
         return f"{name} ({node.name})"
 
 
@@ -276,25 +276,25 @@ def _one_a_unit(constant: fx.Node, user: fx.Node, width: int) -> bool:
     return product(sizes) == 1 or (sizes[-1] == width and product(sizes) == width)
 
 
-def leaves_tokens_apart(node: fx.Node, found: Op) -> bool:
+def leaves_tokens_apart(node: fx.Node, call: Op) -> bool:
     """Whether ``node`` is pointwise, or mixes the features of each token alone, and neither draws nor writes."""
-    if drops_randomly(found) or found.inplace:
+    if drops_randomly(call) or call.inplace:
         return False
-    if found.name in NORMS:
-        sizes = found.args.get("shape")
+    if call.name in NORMS:
+        sizes = call.args.get("shape")
         return isinstance(sizes, list | tuple) and len(sizes) == 1
-    if found.name in OVER_UNITS:
-        dim, source = found.args.get("dim"), found.node("input")
+    if call.name in OVER_UNITS:
+        dim, source = call.args.get("dim"), call.node("input")
         dims = dim if isinstance(dim, list | tuple) else (dim,)
         return len(dims) == 1 and source is not None and is_last(dims[0], source)
-    return is_pointwise(found) or layer(node, Change.ROWS) is not None
+    return is_pointwise(call) or layer(node, Change.ROWS) is not None
 
 
 def _gated(half: _Half) -> bool:
     """Whether two projections meet in a product."""
     for node in half.nodes:
-        found = op(node)
-        if found is not None and found.name == "mul" and len(node.all_input_nodes) == 2:
+        call = op(node)
+        if call is not None and call.name == "mul" and len(node.all_input_nodes) == 2:
             first, second = (_uses(source, half) for source in node.all_input_nodes)
             if first - second and second - first:
                 return True
@@ -303,14 +303,14 @@ def _gated(half: _Half) -> bool:
 
 def _uses(node: fx.Node, half: _Half) -> set[fx.Node]:
     """The projections that ``node`` depends on."""
-    found: set[fx.Node] = set()
+    used: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         node = stack.pop()
         if node in half.leaves:
-            found.add(node)
+            used.add(node)
         elif node in half.nodes and node not in seen:
             seen.add(node)
             stack.extend(node.all_input_nodes)
-    return found
+    return used

@@ -48,20 +48,20 @@ def projection(node: fx.Node, weights: Container[fx.Node]) -> Projection | None:
         rows = rows_of(whole.width)
         everything = rows == Rows(0, whole.width)
         return replace(whole, output=node, rows=None if everything else rows, width=rows.count)
-    found = op(node)
-    if found is None:
+    call = op(node)
+    if call is None:
         return None
     if (view := layer(node, Change.ROWS)) is not None:
         inner = projection(view.source, weights)
         return None if inner is None or inner.rows is not None else replace(inner, output=node)
-    if found.name == "add" and found.args.get("alpha", 1) == 1:
-        return _biased(node, found, weights)
-    if found.name == "linear":
-        return _linear(node, found.node("input"), found.node("weight"), found.node("bias"), False, weights)
-    if found.name == "matmul":
-        return _linear(node, found.node("input"), found.node("other"), None, True, weights)
-    if found.name == "addmm" and not set(node.kwargs) & {"alpha", "beta"}:
-        return _linear(node, found.node("input"), found.node("other"), found.node("bias"), True, weights)
+    if call.name == "add" and call.args.get("alpha", 1) == 1:
+        return _biased(node, call, weights)
+    if call.name == "linear":
+        return _linear(node, call.node("input"), call.node("weight"), call.node("bias"), False, weights)
+    if call.name == "matmul":
+        return _linear(node, call.node("input"), call.node("other"), None, True, weights)
+    if call.name == "addmm" and not set(node.kwargs) & {"alpha", "beta"}:
+        return _linear(node, call.node("input"), call.node("other"), call.node("bias"), True, weights)
     return None
 
 
@@ -92,27 +92,27 @@ def _linear(
 
 def _turned(weight: fx.Node) -> fx.Node | None:
     """The matrix that ``weight`` is the transpose of: ``w.t()``, ``w.T``, ``w.transpose(0, 1)``, ``w.permute``."""
-    found = op(weight)
-    source = found.node("input") if found is not None else None
+    call = op(weight)
+    source = call.node("input") if call is not None else None
     sizes = shape(source) if source is not None else None
-    if found is None or sizes is None or len(sizes) != 2:
+    if call is None or sizes is None or len(sizes) != 2:
         return None
     dims = {
         "t": (0, 1),
-        "transpose": (found.args.get("dim0"), found.args.get("dim1")),
-        "permute": found.args.get("dims"),
-    }.get(found.name)
+        "transpose": (call.args.get("dim0"), call.args.get("dim1")),
+        "permute": call.args.get("dims"),
+    }.get(call.name)
     if not isinstance(dims, tuple | list) or len(dims) != 2 or not all(isinstance(dim, int) for dim in dims):
         return None
     places = [dim % 2 for dim in dims if isinstance(dim, int)]
-    turned = sorted(places) == [0, 1] if found.name != "permute" else places == [1, 0]
+    turned = sorted(places) == [0, 1] if call.name != "permute" else places == [1, 0]
     return source if turned else None
 
 
-def _biased(node: fx.Node, found: Op, weights: Container[fx.Node]) -> Projection | None:
+def _biased(node: fx.Node, call: Op, weights: Container[fx.Node]) -> Projection | None:
     """``x @ w + b`` in two steps."""
     for one, other in (("input", "other"), ("other", "input")):
-        source, bias = found.node(one), found.node(other)
+        source, bias = call.node(one), call.node(other)
         if source is None or bias is None or bias not in weights:
             continue
         inner = projection(source, weights)
@@ -129,8 +129,8 @@ def mixes(node: fx.Node) -> bool:
     module = called_module(node)
     if module is not None:
         return any(parameter.dim() > 1 for parameter in module.parameters())
-    found = op(node)
-    if found is not None or node.op != "call_function":
-        return found is not None and found.name in MATMUL
+    call = op(node)
+    if call is not None or node.op != "call_function":
+        return call is not None and call.name in MATMUL
     given = [value(source) for source in node.all_input_nodes]
     return any(isinstance(weight, nn.Parameter) and weight.dim() > 1 for weight in given)

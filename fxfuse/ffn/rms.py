@@ -19,22 +19,22 @@ def rms(normed: Normed) -> tuple[fx.Node, float] | None:
     node = normed.bare
     for cast in layers(node, Change.WIDEN, read=dtype(normed.output)):
         node = cast.source
-    found = op(node)
-    if found is None:
+    call = op(node)
+    if call is None:
         return None
-    if found.name == "rms_norm":
-        sizes, eps, source = found.args.get("shape"), found.args.get("eps"), found.node("input")
+    if call.name == "rms_norm":
+        sizes, eps, source = call.args.get("shape"), call.args.get("eps"), call.node("input")
         plain = (
-            isinstance(sizes, list | tuple) and len(sizes) == 1 and found.node("weight") in (None, *normed.factor.gains)
+            isinstance(sizes, list | tuple) and len(sizes) == 1 and call.node("weight") in (None, *normed.factor.gains)
         )
         return (source, float(eps)) if plain and source is not None and isinstance(eps, int | float) else None
-    if found.name not in ("mul", "div"):
+    if call.name not in ("mul", "div"):
         return None
-    one, other = found.node("input"), found.node("other")
-    for value, factor in ((one, other), (other, one)) if found.name == "mul" else ((one, other),):
+    one, other = call.node("input"), call.node("other")
+    for value, factor in ((one, other), (other, one)) if call.name == "mul" else ((one, other),):
         if value is None or factor is None:
             continue
-        source, eps = peel(value, Change.WIDEN), _eps_of(factor, "rsqrt" if found.name == "mul" else "sqrt", value)
+        source, eps = peel(value, Change.WIDEN), _eps_of(factor, "rsqrt" if call.name == "mul" else "sqrt", value)
         if eps is not None:
             return source, eps
     return None
@@ -42,8 +42,8 @@ def rms(normed: Normed) -> tuple[fx.Node, float] | None:
 
 def _eps_of(factor: fx.Node, root: str, value: fx.Node) -> float | None:
     """eps, if ``factor`` is the ``root`` of ``mean(value^2) + eps``."""
-    found = op(factor)
-    inside = found.node("input") if found is not None and found.name == root else None
+    call = op(factor)
+    inside = call.node("input") if call is not None and call.name == root else None
     shifted = op(inside) if inside is not None else None
     if shifted is None or shifted.name != "add" or shifted.args.get("alpha", 1) != 1:
         return None
@@ -55,11 +55,11 @@ def _eps_of(factor: fx.Node, root: str, value: fx.Node) -> float | None:
 
 
 def _is_mean_square(node: fx.Node, value: fx.Node) -> bool:
-    found = op(node)
-    squares = found.node("input") if found is not None and found.name == "mean" else None
-    if found is None or squares is None or found.args.get("keepdim") is not True:
+    call = op(node)
+    squares = call.node("input") if call is not None and call.name == "mean" else None
+    if call is None or squares is None or call.args.get("keepdim") is not True:
         return False
-    dim = found.args.get("dim")
+    dim = call.args.get("dim")
     dims = dim if isinstance(dim, list | tuple) else (dim,)
     squared = op(squares)
     base = _squared(squared) if squared is not None else None
@@ -68,9 +68,9 @@ def _is_mean_square(node: fx.Node, value: fx.Node) -> bool:
     )  # fmt: skip
 
 
-def _squared(found: Op) -> fx.Node | None:
+def _squared(call: Op) -> fx.Node | None:
     """What the op is the square of."""
-    source = found.node("input")
-    if found.name == "square" or (found.name == "pow" and found.args.get("exponent") in (2, 2.0)):
+    source = call.node("input")
+    if call.name == "square" or (call.name == "pow" and call.args.get("exponent") in (2, 2.0)):
         return source
-    return source if found.name == "mul" and source is found.node("other") else None
+    return source if call.name == "mul" and source is call.node("other") else None

@@ -274,7 +274,7 @@ def _nameless(node: fx.Node) -> Op | None:
     overload = _pointwise_overload(node.target)
     if overload is None or node.kwargs or mutated_arguments(node):
         return None
-    parameters = [each.name for each in schema(overload).arguments]
+    parameters = [argument.name for argument in schema(overload).arguments]
     if len(node.args) > len(parameters) or not isinstance(node.args[0], fx.Node):
         return None
     return Op(_POINTWISE + op_name(overload), dict(zip(("input", *parameters[1:]), node.args, strict=False)))
@@ -296,12 +296,16 @@ def _pointwise_overload(target: Target) -> OpOverload | None:
         packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, OpOverloadPacket):
         return None
-    overloads = [each for each in overloads_of(packet) if "out" not in overload_name(each) and _takes_a_tensor(each)]
+    overloads = [
+        overload
+        for overload in overloads_of(packet)
+        if "out" not in overload_name(overload) and _takes_a_tensor(overload)
+    ]
     pure = all(
-        torch.Tag.pointwise in each.tags
-        and torch.Tag.nondeterministic_seeded not in each.tags
-        and all(result.alias_info is None or result.alias_info.is_write for result in schema(each).returns)
-        for each in overloads
+        torch.Tag.pointwise in overload.tags
+        and torch.Tag.nondeterministic_seeded not in overload.tags
+        and all(result.alias_info is None or result.alias_info.is_write for result in schema(overload).returns)
+        for overload in overloads
     )
     return (target if isinstance(target, OpOverload) else overloads[0]) if overloads and pure else None
 
@@ -314,9 +318,9 @@ def _takes_a_tensor(overload: OpOverload) -> bool:
 _POINTWISE = "pointwise "
 
 
-def is_pointwise(found: Op) -> bool:
+def is_pointwise(call: Op) -> bool:
     """Whether its value at a place depends on its inputs at that place alone."""
-    return found.name in POINTWISE or found.name.startswith(_POINTWISE)
+    return call.name in POINTWISE or call.name.startswith(_POINTWISE)
 
 
 _OF_TWO: dict[Target, str] = {
@@ -420,39 +424,39 @@ def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
 
 def _mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     target = node.target
-    found: list[Argument] = []
+    written: list[Argument] = []
     if isinstance(target, HigherOrderOperator):
         if "mutation" in str(target):  # a Triton kernel of the model's own, which tells not what it writes
-            found.extend(node.all_input_nodes)
+            written.extend(node.all_input_nodes)
     elif isinstance(target, OpOverload | OpOverloadPacket):
         for index, name in _written_parameters(target):
-            found.append(node.args[index] if index < len(node.args) else node.kwargs.get(name))
+            written.append(node.args[index] if index < len(node.args) else node.kwargs.get(name))
     elif "out" in node.kwargs:
-        found.append(node.kwargs["out"])
+        written.append(node.kwargs["out"])
     elif _writes_first(target) or asks_for_inplace(node):
-        found.append(node.args[0] if node.args else node.kwargs.get("input"))
-    if not found:
+        written.append(node.args[0] if node.args else node.kwargs.get("input"))
+    if not written:
         return ()
     flat: list[fx.Node] = []
-    fx.node.map_arg(found, flat.append)
+    fx.node.map_arg(written, flat.append)
     return tuple(flat)
 
 
 _known_mutated_arguments = _remembered("fxfuse_mutated_arguments", _mutated_arguments)
 
 
-def drops_randomly(found: Op) -> bool:
+def drops_randomly(call: Op) -> bool:
     """Whether a dropout is live: in eval mode, or with p = 0, it is the identity."""
-    if found.name != "dropout" or found.args.get("training", True) is False:
+    if call.name != "dropout" or call.args.get("training", True) is False:
         return False
-    return found.args.get("p", 0.5) not in (0, 0.0)
+    return call.args.get("p", 0.5) not in (0, 0.0)
 
 
 def is_random(node: fx.Node) -> bool:
     """Whether two runs of ``node`` on the same values may differ."""
-    found = op(node)
-    if found is not None:
-        return drops_randomly(found) or (found.name == "sdpa" and found.args.get("dropout_p", 0) not in (0, 0.0))
+    call = op(node)
+    if call is not None:
+        return drops_randomly(call) or (call.name == "sdpa" and call.args.get("dropout_p", 0) not in (0, 0.0))
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return True
     name = getattr(node.target, "__name__", str(node.target))

@@ -33,9 +33,9 @@ def value(node: fx.Node) -> torch.Tensor | None:
             return None
         return owner if isinstance(owner, torch.Tensor) else None
     for key in ("example_value", "val"):
-        found = node.meta.get(key)
-        if isinstance(found, torch.Tensor):
-            return found
+        known = node.meta.get(key)
+        if isinstance(known, torch.Tensor):
+            return known
     recorded = node.meta.get("tensor_meta")  # what torch.fx.passes.shape_prop.ShapeProp leaves
     if isinstance(recorded, TensorMetadata):
         return torch.empty(recorded.shape, dtype=recorded.dtype, device="meta")
@@ -43,16 +43,16 @@ def value(node: fx.Node) -> torch.Tensor | None:
 
 
 def dtype(node: fx.Node) -> torch.dtype | None:
-    found = value(node)
-    return None if found is None else found.dtype
+    known = value(node)
+    return None if known is None else known.dtype
 
 
 def shape(node: fx.Node) -> tuple[Dim, ...] | None:
     """The sizes of ``node``; symbolic ones as sympy expressions."""
-    found = value(node)
-    if found is None:
+    known = value(node)
+    if known is None:
         return None
-    return tuple(map(expression, found.shape))
+    return tuple(map(expression, known.shape))
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
@@ -76,27 +76,27 @@ def _same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
 def expression(size: int | torch.SymInt) -> Dim:
     if isinstance(size, int):
         return size
-    found: sympy.Expr = size.node.expr
-    return int(found) if found.is_Integer else found
+    known: sympy.Expr = size.node.expr
+    return int(known) if known.is_Integer else known
 
 
 def sizes_only(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that tell of their inputs no value but only sizes: ``x.size(1)``, and what is computed from such."""
-    found: set[fx.Node] = set()
+    sizes: set[fx.Node] = set()
     for node in graph.nodes:
         sources = node.all_input_nodes
-        known = bool(sources) and all(source in found for source in sources)
+        known = bool(sources) and all(source in sizes for source in sources)
         if known or node.target in _SIZES or (node.target is getattr and node.args[1] in ("shape", "ndim")):
-            found.add(node)
-    return found
+            sizes.add(node)
+    return sizes
 
 
 _SIZES = ("size", "dim", "numel", torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
 
 def is_floating(node: fx.Node) -> bool:
-    found = dtype(node)
-    return found is None or found.is_floating_point
+    kind = dtype(node)
+    return kind is None or kind.is_floating_point
 
 
 def widens(source: fx.Node, made: fx.Node) -> bool:
@@ -132,21 +132,21 @@ def parameters(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None) -
 
     ``names`` overrides what the graph says: whoever holds the root module knows better (graph breaks, ``fn``).
     """
-    found: dict[fx.Node, str] = {}
+    weights: dict[fx.Node, str] = {}
     for node in gm.graph.nodes:
         if WEIGHT in node.meta:
-            found[node] = node.meta[WEIGHT]
+            weights[node] = node.meta[WEIGHT]
         elif node.op == "get_attr":
             if value(node) is not None:
-                found[node] = clean(str(node.target))
+                weights[node] = clean(str(node.target))
         elif node.op == "placeholder":
             if path := module_path(node):
-                found[node] = path
+                weights[node] = path
             elif isinstance(value(node), torch.nn.Parameter):
-                found[node] = ""
+                weights[node] = ""
     if names:
-        found.update({node: clean(name) for node, name in names.items()})
-    return found
+        weights.update({node: clean(name) for node, name in names.items()})
+    return weights
 
 
 def names_in(root: torch.nn.Module, gm: fx.GraphModule, inputs: Sequence[object] | None = None) -> dict[fx.Node, str]:

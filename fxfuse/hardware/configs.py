@@ -37,15 +37,18 @@ LOOP_ROWS = 32
 
 @dataclass(frozen=True)
 class Gemm:
-    """What a kernel multiplies: ``[M, K]`` by ``[N, K]``; N of gate and up counts hidden units, not projections."""
+    """What is multiplied: ``[M, K]`` by ``[N, K]``; N of gate and up counts hidden units, not projections."""
 
-    kernel: Kernel
+    kernel: Kernel | Literal["linear"]
+    """Which of fxfuse's kernels multiplies; "linear" for a linear map that others compute."""
     M: int
     N: int
     K: int
     dtype: torch.dtype
     aligned: bool = True
     """Whether all sizes and strides are multiples of 16 elements and all addresses of 16 bytes."""
+    threads: int = 0
+    """On a CPU, how many compute it."""
 
 
 @dataclass(frozen=True)

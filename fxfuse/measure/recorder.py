@@ -24,10 +24,9 @@ from fxfuse.data.batches import blaming, check_batch, eval_mode, fresh, logits_o
 from fxfuse.errors import NotFiniteError, OptionError, RecordError
 from fxfuse.measure.divergence import Divergence, cosine_distance, rows
 from fxfuse.measure.instrument import Instrumented
-from fxfuse.measure.provenance import provenance
-from fxfuse.measure.recording import BranchRecord, GroupRecord, Recording, model_digest
+from fxfuse.measure.measurements import Measurements
+from fxfuse.measure.recording import Recording, model_digest
 from fxfuse.measure.resume import State, digest_batch
-from fxfuse.measure.statistics import Tally
 from fxfuse.model.force import uncompiled
 from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
@@ -73,7 +72,7 @@ def record(
     recorder = Recorder(model, Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan, max_group)
     state = State(resume, recorder.digest, recorder.settings) if resume is not None else None
     if state is not None:
-        state.load_into(recorder, max_tokens)
+        recorder.measured = state.load(max_tokens)
     seen = 0
     with eval_mode(recorder.model), bar("recording", "tokens", max_tokens, progress) as advance:
         for number, batch in enumerate(batches):
@@ -87,8 +86,8 @@ def record(
                 continue
             before = recorder.tokens
             recorder(number, fresh(batch))
-            if state is not None:
-                state.save(recorder, digest_batch(batch))
+            if state is not None and recorder.measured is not None:
+                state.save(recorder.measured, digest_batch(batch))
             advance(recorder.tokens - before)
     if state is not None:
         state.check_all(seen)
@@ -99,8 +98,7 @@ class Recorder:
     """Runs a model and measures its branches; ``result()`` is what it has seen so far.
 
     Attributes:
-        tokens, batches: counted so far.
-        places: the branches, once the model has been called.
+        measured: what was measured so far; None until the model has been called.
     """
 
     def __init__(self, model: nn.Module, plan: Plan | None, max_group: int) -> None:
@@ -111,12 +109,19 @@ class Recorder:
         self.model, self.plan, self.max_group = original(model), plan or Plan(), max_group
         self.digest = model_digest(self.model)
         self.settings = {"plan": self.plan.model_dump_json(), "max_group": str(max_group)}
-        self.tokens = self.batches = 0
-        self.places: tuple[BranchRecord, ...] = ()
-        self.windows: list[tuple[str, ...]] = []
-        self.tallies: dict[str, Tally] = {}
+        self.measured: Measurements | None = None
         self._called: list[Instrumented] = []
         self._compiled = self._traced()
+
+    @property
+    def tokens(self) -> int:
+        """Counted so far."""
+        return 0 if self.measured is None else self.measured.tokens
+
+    @property
+    def batches(self) -> int:
+        """Measured so far."""
+        return 0 if self.measured is None else self.measured.batches
 
     def _instrument(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         captured = take(gm, inputs, self.model)
@@ -162,30 +167,29 @@ class Recorder:
         if len(self._called) != 1:
             raise RecordError(_no_single_graph(len(self._called)))
         (graph,) = self._called
-        self._meet(graph)
+        measured = self._meet(graph)
         with torch.no_grad():
-            self._measure(graph, number, batch, output)
+            self._measure(measured, graph, number, batch, output)
         graph.forget()
-        self.batches += 1
+        measured.batches += 1
 
-    def _meet(self, graph: Instrumented) -> None:
+    def _meet(self, graph: Instrumented) -> Measurements:
         places = tuple(place.record() for place in graph.places)
-        if not self.tallies:
-            self.places, self.windows = places, graph.windows
-            m = len(places)
-            sizes = {"distance": m * m, "cosine": m, "norm_ratio": m, "kl": m}
-            sizes |= {"group": len(self.windows), "group_kl": len(self.windows)}
-            self.tallies = {name: Tally(size) for name, size in sizes.items()}
-        if [place.name for place in places] != [place.name for place in self.places]:
+        if self.measured is None:
+            self.measured = Measurements.of(places, graph.windows)
+        if [place.name for place in places] != [place.name for place in self.measured.places]:
             raise RecordError("the model has other branches in this batch than in the first: record one kind of call")
+        return self.measured
 
-    def _measure(self, graph: Instrumented, number: int, batch: Mapping[str, object], output: object) -> None:
+    def _measure(
+        self, measured: Measurements, graph: Instrumented, number: int, batch: Mapping[str, object], output: object
+    ) -> None:
         mask = batch.get("attention_mask")
         counted = mask if isinstance(mask, Tensor) else None
         kl = Divergence(graph, logits_of(output), counted)
         m = len(graph.places)
         base = []
-        for i, place in enumerate(self.places):
+        for i, place in enumerate(measured.places):
             if not place.adds:
                 what = f"the stream before {place.name}, its first branch (the embedding, or what the model is given)"
                 self._checked(graph.before(i), what, number, counted)
@@ -194,30 +198,30 @@ class Recorder:
             self._finite(kl.known, "the logits with nothing dropped (the last norm, or the head)", number)
         for i in range(m):
             before, own = _tokens(graph.before(i), counted), base[i]
-            self.tallies["cosine"].add(i, 1 - F.cosine_similarity(before, before + own, dim=-1))
-            self.tallies["norm_ratio"].add(i, own.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30))
+            measured.cosine.add(i, 1 - F.cosine_similarity(before, before + own, dim=-1))
+            measured.norm_ratio.add(i, own.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30))
         for i in range(m):
             changed = graph.dropped(i)
             for j, contribution in changed.contributions.items():
-                what = f"{self.places[j].name} with {self.places[i].name} dropped"
+                what = f"{measured.places[j].name} with {measured.places[i].name} dropped"
                 new = self._checked(contribution, what, number, counted)
-                self.tallies["distance"].add(i * m + j, cosine_distance(base[j], new))
+                measured.distance.add(i * m + j, cosine_distance(base[j], new))
             distances = kl.of(changed)
-            self._finite(distances, f"the logits with {self.places[i].name} dropped", number)
-            self.tallies["kl"].add(i, distances)
+            self._finite(distances, f"the logits with {measured.places[i].name} dropped", number)
+            measured.kl.add(i, distances)
         for index, (names, error, changed) in enumerate(graph.grouped()):
             counted_error = _tokens(error[..., None], counted)
             self._finite(counted_error, f"the stream with {' + '.join(names)} in parallel", number)
-            self.tallies["group"].add(index, counted_error)
+            measured.group.add(index, counted_error)
             distances = kl.of(changed)
             self._finite(distances, f"the logits with {' + '.join(names)} in parallel", number)
-            self.tallies["group_kl"].add(index, distances)
-        self.tokens += base[-1].shape[0]
+            measured.group_kl.add(index, distances)
+        measured.tokens += base[-1].shape[0]
 
     def _checked(self, contribution: Tensor, what: str, number: int, counted: Tensor | None) -> Tensor:
-        found = _tokens(contribution, counted)
-        self._finite(found, what, number)
-        return found
+        values = _tokens(contribution, counted)
+        self._finite(values, what, number)
+        return values
 
     @staticmethod
     def _finite(values: Tensor, what: str, number: int) -> None:
@@ -233,35 +237,7 @@ class Recorder:
         Raises:
             RecordError: nothing was.
         """
-        if not self.tokens:
-            raise RecordError("nothing was recorded: there was no batch, or no token in any. Give at least one batch")
-        m = len(self.places)
-        distance = self.tallies["distance"]
-        measured = bool(self.tallies["kl"].count.any())
-
-        def kl(name: str) -> Tensor:
-            mean = self.tallies[name].mean()
-            return mean if measured else torch.full_like(mean, torch.nan)
-
-        group, group_kl = self.tallies["group"], kl("group_kl")
-        means, tails = group.mean(), group.quantile(0.99)
-        return Recording(
-            branches=self.places,
-            mean=distance.mean().view(m, m).float(),
-            p99=distance.quantile(0.99).view(m, m).float(),
-            max=distance.largest.view(m, m).float(),
-            cosine=(1 - self.tallies["cosine"].mean()).float(),
-            norm_ratio=self.tallies["norm_ratio"].mean().float(),
-            kl=kl("kl").float(),
-            groups=tuple(
-                GroupRecord(names, float(means[i]), float(tails[i]), float(group.largest[i]), float(group_kl[i]))
-                for i, names in enumerate(self.windows)
-            ),
-            tokens=self.tokens,
-            plan=self.plan,
-            model=self.digest,
-            made=provenance(),
-        )
+        return (self.measured or Measurements.of((), ())).recording(self.plan, self.digest)
 
 
 def _tokens(values: Tensor, counted: Tensor | None) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,11 +18,9 @@ from torch import Tensor
 from fxfuse._common.files import check_writable, write_atomically
 from fxfuse._torch.pytree import tree_leaves
 from fxfuse.errors import RecordError
+from fxfuse.measure.measurements import Measurements
 from fxfuse.measure.recording import BranchRecord
 from fxfuse.measure.statistics import Tally
-
-if TYPE_CHECKING:
-    from fxfuse.measure.recorder import Recorder
 
 FORMAT = "fxfuse-recording-state-1"
 
@@ -42,10 +40,10 @@ class State:
         self._batches: list[str] = []
         self._counts: list[int] = []  # tokens in each
 
-    def load_into(self, recorder: Recorder, max_tokens: int | None) -> None:
-        """Let ``recorder`` go on where the file says, if there is one, and if it says no more than is asked for."""
+    def load(self, max_tokens: int | None) -> Measurements | None:
+        """What the file holds, to go on from there, if it is no more than is asked for; None if there is no file."""
         if not self.path.exists():
-            return
+            return None
         again = "remove it to record from the start, or give another file"
         try:
             with safe_open(self.path, "pt") as file:
@@ -58,19 +56,25 @@ class State:
                 if header[what] != own:
                     raise RecordError(f"{str(self.path)!r} is the state of a recording with another {what}: {again}")
             self._batches, self._counts = header["batches"], header["counts"]
-            recorder.tokens, recorder.batches = sum(self._counts), len(self._batches)
-            recorder.places = tuple(BranchRecord(**branch) for branch in header["branches"])
-            recorder.windows = [tuple(names) for names in header["windows"]]
-            for name in sorted({key.partition(".")[0] for key in tensors}):
-                tally = recorder.tallies[name] = Tally(0)
-                tally.restore({key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{name}.")})
+            states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+            for key, tensor in tensors.items():
+                name, _, part = key.partition(".")
+                states[name][part] = tensor
+            measured = Measurements(
+                places=tuple(BranchRecord(**branch) for branch in header["branches"]),
+                windows=tuple(tuple(names) for names in header["windows"]),
+                tokens=sum(self._counts),
+                batches=len(self._batches),
+                **{name: Tally.of(state) for name, state in states.items()},
+            )
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecordError(f"the state {str(self.path)!r} cannot be read ({error}): {again}") from error
         if max_tokens is not None and sum(self._counts[:-1]) >= max_tokens:
             raise RecordError(
-                f"{str(self.path)!r} is the state of another run: it has recorded {recorder.tokens} tokens, more than "
+                f"{str(self.path)!r} is the state of another run: it has recorded {measured.tokens} tokens, more than "
                 f"max_tokens={max_tokens}: {again}"
             )
+        return measured
 
     def check(self, number: int, batch: Mapping[str, object]) -> None:
         """See that a batch that is passed over is the one that was recorded."""
@@ -88,18 +92,18 @@ class State:
                 f"which only {number} were given: give the same batches, or remove the file"
             )
 
-    def save(self, recorder: Recorder, digest: str) -> None:
+    def save(self, measured: Measurements, digest: str) -> None:
         """Write the state after one more batch."""
         self._batches.append(digest)
-        self._counts.append(recorder.tokens - sum(self._counts))
+        self._counts.append(measured.tokens - sum(self._counts))
         header = {
             **self._of,
             "batches": self._batches,
             "counts": self._counts,
-            "branches": [asdict(branch) for branch in recorder.places],
-            "windows": recorder.windows,
+            "branches": [asdict(branch) for branch in measured.places],
+            "windows": measured.windows,
         }
-        tensors = {f"{n}.{key}": t for n, tally in recorder.tallies.items() for key, t in tally.state().items()}
+        tensors = {f"{n}.{key}": t for n, tally in measured.tallies.items() for key, t in tally.state().items()}
         write_atomically(self.path, save(tensors, {FORMAT: json.dumps(header)}))
 
 

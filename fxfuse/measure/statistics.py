@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -52,10 +53,13 @@ class Tally:
         return torch.where(self.count > 0, values, 0.0)
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`restore` takes."""
+        """What :meth:`of` takes."""
         return {"count": self.count, "total": self.total, "largest": self.largest, "histogram": self.histogram}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from where ``state`` was taken."""
-        self.count, self.total = state["count"], state["total"]
-        self.largest, self.histogram = state["largest"], state["histogram"]
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Tally:
+        """One that goes on from where ``state`` was taken."""
+        made = cls(0)
+        made.count, made.total = state["count"], state["total"]
+        made.largest, made.histogram = state["largest"], state["histogram"]
+        return made

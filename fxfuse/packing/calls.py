@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fxfuse.packing.fingerprint import Watch, watches
 from fxfuse.packing.packs import Audit, Pack, Stamp, plain_tensors, stamp
 from fxfuse.packing.recipe import Recipe
-from fxfuse.packing.strategy import Mode
+from fxfuse.packing.strategy import Weights
 
 AUDIT_SHARE = 0.0005
 """The share of the time that goes into comparing whole parts of packs."""
@@ -61,16 +61,16 @@ class _Split(torch.autograd.Function):
 _PACKS: weakref.WeakValueDictionary[Hashable, Pack] = weakref.WeakValueDictionary()
 
 
-def _pack(recipe: Recipe, members: Sequence[Tensor], mode: Mode) -> Pack:
+def _pack(recipe: Recipe, members: Sequence[Tensor], weights: Weights) -> Pack:
     """The one pack of these members by this recipe; made if no graph has it yet."""
     kinds = tuple((id(m), m.dtype, m.device, tuple(m.shape), m.stride()) for m in members)
-    key = (recipe.key, kinds, mode)
-    found = _PACKS.get(key)
-    if found is None:
-        found = _PACKS[key] = Pack(recipe, members, mode)
+    key = (recipe.key, kinds, weights)
+    pack = _PACKS.get(key)
+    if pack is None:
+        pack = _PACKS[key] = Pack(recipe, members, weights)
     else:
-        found.sync(members)
-    return found
+        pack.sync(members)
+    return pack
 
 
 def refresh(model: nn.Module) -> int:
@@ -80,10 +80,10 @@ def refresh(model: nn.Module) -> int:
     but not at once.
     """
     own = {id(weight) for weight in [*model.parameters(), *model.buffers()]}
-    found = [pack for pack in list(_PACKS.values()) if not pack.ids.isdisjoint(own)]
-    for pack in found:
+    packs = [pack for pack in list(_PACKS.values()) if not pack.ids.isdisjoint(own)]
+    for pack in packs:
         pack.expire()
-    return len(found)
+    return len(packs)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -124,7 +124,7 @@ class _Bound:
 
 def _watches(packs: Sequence[Pack], before: _Bound | None) -> tuple[Watch, ...]:
     """Watches over all members; those from before, if they watch the same memory."""
-    by_member = {member: each for pack in packs for member, each in pack.fingerprints.items()}
+    by_member = {member: fingerprint for pack in packs for member, fingerprint in pack.fingerprints.items()}
     if before is not None and {f for watch in before.watches for f in watch.fingerprints} == {*by_member.values()}:
         for watch in before.watches:
             watch.take()
@@ -138,9 +138,9 @@ class PackedCall:
     One call checks the identity, address and version of every member, and looks at samples of their values.
     """
 
-    def __init__(self, recipes: Sequence[Recipe], mode: Mode) -> None:
+    def __init__(self, recipes: Sequence[Recipe], weights: Weights) -> None:
         _watch_optimizers()
-        self._recipes, self._mode = tuple(recipes), mode
+        self._recipes, self._weights = tuple(recipes), weights
         self._inputs = tuple(dict.fromkeys(index for recipe in recipes for index in recipe.inputs))
         self._places = [tuple(map(self._inputs.index, recipe.inputs)) for recipe in recipes]
         take = itemgetter(*self._inputs)
@@ -174,7 +174,7 @@ class PackedCall:
 
     def _bind(self, identity: tuple[int, ...], members: tuple[Tensor, ...]) -> _Bound:
         packs = tuple(
-            _pack(recipe, [members[place] for place in places], self._mode)
+            _pack(recipe, [members[place] for place in places], self._weights)
             for recipe, places in zip(self._recipes, self._places, strict=True)
         )
         with plain_tensors(members[0].device):

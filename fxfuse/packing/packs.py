@@ -20,7 +20,7 @@ from fxfuse._torch.autograd import same_version
 from fxfuse._torch.sources import mark_static_address
 from fxfuse.packing.fingerprint import Fingerprint, capturing
 from fxfuse.packing.recipe import Part, Recipe
-from fxfuse.packing.strategy import Mode, strategy_of
+from fxfuse.packing.strategy import Weights, strategy_of
 
 Stamp: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 _clock = time.perf_counter
@@ -69,8 +69,8 @@ class Pack:
         fingerprints: of the members whose values it holds once more, by their identities.
     """
 
-    def __init__(self, recipe: Recipe, members: Sequence[Tensor], mode: Mode) -> None:
-        self.recipe, self._mode = recipe, mode
+    def __init__(self, recipe: Recipe, members: Sequence[Tensor], weights: Weights) -> None:
+        self.recipe, self._weights = recipe, weights
         self.ids = frozenset(map(id, members))
         self.fingerprints: dict[int, Fingerprint] = {}
         self._bounds: weakref.WeakSet[Bound] = weakref.WeakSet()
@@ -81,7 +81,7 @@ class Pack:
         with plain_tensors(self._device):
             made = [part.compute(members).detach() for part in self.recipe.parts]
             self._sizes = [part.shape[self.recipe.dim] if part.dim() else 1 for part in made]
-            self._strategy = strategy_of(made, self._mode)
+            self._strategy = strategy_of(made, self._weights)
             self.tensor = self._strategy.join(made, self.recipe.dim)
             self._regions = self._strategy.regions(self.tensor, self._sizes, self.recipe.dim)
         mark_static_address(self.tensor)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxfuse._torch.sources import mark_static
+from fxfuse.graph.ancestors import ancestors
 from fxfuse.graph.surgery import transaction
 from fxfuse.graph.values import value
 from fxfuse.packing.expressions import PACK
@@ -66,7 +67,7 @@ def _extract(gm: fx.GraphModule) -> list[Recipe]:
     last = list(positions)[-1] if positions else None
     recipes: list[Recipe] = []
     for root in [node for node in gm.graph.nodes if PACK in node.meta]:
-        inside = _below(root)
+        inside = ancestors([root])
         members = [node for node in positions if node in inside]
         if any(node.op == "get_attr" for node in inside) or last is None:
             continue
@@ -89,21 +90,10 @@ def _extract(gm: fx.GraphModule) -> list[Recipe]:
             made.meta["example_value"] = known
         last = made
         root.replace_all_uses_with(made)
-        for node in reversed([each for each in gm.graph.nodes if each in inside]):
+        for node in reversed([below for below in gm.graph.nodes if below in inside]):
             if not node.users and node.op not in ("placeholder", "output"):
                 gm.graph.erase_node(node)
     return recipes
-
-
-def _below(root: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _part(root: fx.Node, members: Sequence[fx.Node]) -> Part:
@@ -113,7 +103,7 @@ def _part(root: fx.Node, members: Sequence[fx.Node]) -> Part:
         return Part(itemgetter(index), index, (index,))
     graph = fx.Graph()
     new = {member: graph.placeholder(f"weight_{index}") for index, member in enumerate(members)}
-    inside = _below(root)
+    inside = ancestors([root])
     for node in root.graph.nodes:
         if node in inside and node not in new:
             new[node] = graph.node_copy(node, new.__getitem__)

@@ -16,11 +16,17 @@ from torch import Tensor
 from fxfuse.errors import OptionError
 from fxfuse.packing.fingerprint import bits
 
-Mode: TypeAlias = Literal["copy", "share"]
+Weights: TypeAlias = Literal["copy", "share"]
 
 
 class Copied:
     """Packed values in memory of their own, beside the weights: it costs their size once more."""
+
+    option = "copy"
+    """What the option ``weights`` calls it."""
+
+    folds = True
+    """Whether packed values may be other than the weights: times the gain of a norm, say."""
 
     moves = False
     """Whether the packed tensor needs other memory once a member has left it."""
@@ -60,6 +66,8 @@ class Copied:
 class Shared(Copied):
     """The packed tensor owns the memory, and the weights become views of it: it costs nothing."""
 
+    option = "share"
+    folds = False
     moves = True
 
     def shares(self, member: Tensor, region: Tensor) -> bool:
@@ -91,10 +99,12 @@ class Opaque(Copied):
 BY_KIND: list[Copied] = [Opaque()]
 """The strategies of tensors that no option concerns; the first that takes a part serves."""
 
-BY_MODE: dict[Mode, Copied] = {"copy": Copied(), "share": Shared()}
+COPIED, SHARED = Copied(), Shared()
+
+BY_OPTION: dict[Weights, Copied] = {"copy": COPIED, "share": SHARED}
 """The strategies of all other tensors, by the option ``weights``."""
 
 
-def strategy_of(made: Sequence[Tensor], mode: Mode) -> Copied:
+def strategy_of(made: Sequence[Tensor], weights: Weights) -> Copied:
     """The strategy that keeps these parts."""
-    return next(strategy for strategy in (*BY_KIND, BY_MODE[mode]) if strategy.takes(made[0]))
+    return next(strategy for strategy in (*BY_KIND, BY_OPTION[weights]) if strategy.takes(made[0]))

@@ -116,11 +116,11 @@ class Fusion(Pass, Generic[R]):
     def run(self, graph: Canonical, control: Control) -> PassReport:
         """Find, and write as much as the fuel allows; verify each if that is asked for."""
         report = PassReport(self.name)
-        found = self.find(graph, report)
-        count = control.take(len(found))
-        report.done += [Edit(rewrite.names, self.done, rewrite.detail) for rewrite in found[:count]]
-        report.refused += [Edit(rewrite.names, self.verb, "max_rewrites is spent") for rewrite in found[count:]]
-        claims = self.write(graph, found[:count]) if count else iter(())
+        rewrites = self.find(graph, report)
+        count = control.take(len(rewrites))
+        report.done += [Edit(rewrite.names, self.done, rewrite.detail) for rewrite in rewrites[:count]]
+        report.refused += [Edit(rewrite.names, self.verb, "max_rewrites is spent") for rewrite in rewrites[count:]]
+        claims = self.write(graph, rewrites[:count]) if count else iter(())
         for rewrite, claim in claims:
             if control.verifier is not None:
                 control.verifier.check(claim, self.product, rewrite.names)

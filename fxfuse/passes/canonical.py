@@ -23,6 +23,7 @@ class Canonical:
 
     def __init__(self, gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None) -> None:
         self.gm, self._names = gm, names
+        self._carried: tuple[ResidualStream, ...] | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -48,7 +49,13 @@ class Canonical:
         """The nodes whose memory is written after they were computed."""
         return order.overwritten(self.graph)
 
+    def carry(self, streams: tuple[ResidualStream, ...] | None) -> None:
+        """Let the pass that runs say which streams its rewrite leaves, so that nobody has to find them anew."""
+        self._carried = streams
+
     def forget(self) -> None:
-        """Know nothing any more: the graph was rewritten."""
+        """The graph was rewritten: know of it no more than the pass that did so has carried over."""
         for fact in _FACTS:
             vars(self).pop(fact, None)
+        if self._carried is not None:
+            self.streams, self._carried = self._carried, None

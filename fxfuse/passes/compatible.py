@@ -50,17 +50,17 @@ def form(branch: Branch, numbering: Numbering) -> Form:
     ffn = branch.ffn
     assert ffn is not None
     projections, constants = slots(ffn), constant_slots(ffn)
-    places = {each.output: index for index, each in enumerate(projections)}
-    places |= {each: len(projections) + index for index, each in enumerate(constants)}
-    weights = [each.weight for each in (*projections, ffn.down)]
-    found = value(ffn.down.weight)
+    places = {slot.output: index for index, slot in enumerate(projections)}
+    places |= {constant: len(projections) + index for index, constant in enumerate(constants)}
+    weights = [slot.weight for slot in (*projections, ffn.down)]
+    known = value(ffn.down.weight)
     return Form(
         reads=bare_key(ffn.normed, numbering),
         activation=(_activation(ffn.down.input, places), len(projections)),
         multiplier=branch.scale.nodes,
         dtypes=tuple(map(dtype, (branch.terms[0].node, projections[0].input, *weights, *constants))),
         width=ffn.down.width,
-        device=None if found is None else found.device,
+        device=None if known is None else known.device,
     )
 
 
@@ -73,15 +73,15 @@ def difference(branch: Branch, siblings: Sequence[Branch], numbering: Numbering)
     forms = {other.name: form(other, numbering) for other in others}
     if own in forms.values():
         return "its width differs, and weights='share' takes FFNs of one width only"
-    same_input = {name: each for name, each in forms.items() if each.reads == own.reads}
-    if any(each.multiplier != own.multiplier for each in same_input.values()):
+    same_input = {name: other_form for name, other_form in forms.items() if other_form.reads == own.reads}
+    if any(other_form.multiplier != own.multiplier for other_form in same_input.values()):
         return "its multiplier is a symbolic number of its own; compile without dynamic=True"
-    for name, each in same_input.items():
-        if each.activation != own.activation:
+    for name, other_form in same_input.items():
+        if other_form.activation != own.activation:
             return f"its activation differs from that of {name}"
-        if each.dtypes != own.dtypes:
+        if other_form.dtypes != own.dtypes:
             return f"it computes in other dtypes than {name}"
-        if each.device != own.device:
+        if other_form.device != own.device:
             return f"its weights are on another device than those of {name}"
         return f"it adds a value of another width than {name}"
     same_point = next((other for other in others if other.read is branch.read), None)
@@ -92,16 +92,16 @@ def difference(branch: Branch, siblings: Sequence[Branch], numbering: Numbering)
 
 def bare_key(normed: Normed, numbering: Numbering) -> Hashable:
     """What the projections read, apart from gain and shift; a norm call counts by what it normalises and how."""
-    found = op(normed.bare)
-    source = found.node("input") if found is not None and found.name in NORMS else None
-    if found is None or source is None:
+    call = op(normed.bare)
+    source = call.node("input") if call is not None and call.name in NORMS else None
+    if call is None or source is None:
         return numbering[normed.bare]
-    if not normed.fused_call and (found.node("weight") is not None or found.node("bias") is not None):
+    if not normed.fused_call and (call.node("weight") is not None or call.node("bias") is not None):
         return numbering[normed.bare]
-    sizes = found.args.get("shape")
+    sizes = call.args.get("shape")
     assert isinstance(sizes, list | tuple)
     key = tuple(numbering[size] if isinstance(size, fx.Node) else repr(size) for size in sizes)
-    return (found.name, numbering[source], key, repr(found.args.get("eps")))
+    return (call.name, numbering[source], key, repr(call.args.get("eps")))
 
 
 def _activation(node: fx.Node, leaves: dict[fx.Node, int], known: dict[fx.Node, str] | None = None) -> str:
@@ -114,21 +114,21 @@ def _activation(node: fx.Node, leaves: dict[fx.Node, int], known: dict[fx.Node, 
     if node in leaves:
         return f"leaf {leaves[node]}"
     if node not in known:
-        found = op(node)
-        assert found is not None
+        call = op(node)
+        assert call is not None
         arguments = {
             key: _activation(argument, leaves, known) if isinstance(argument, fx.Node) else repr(argument)
-            for key, argument in found.args.items()
+            for key, argument in call.args.items()
         }
-        commutes = found.name in ("add", "mul") and "alpha" not in arguments
-        expression = (found.name, sorted(arguments.values()) if commutes else list(arguments.items()))
+        commutes = call.name in ("add", "mul") and "alpha" not in arguments
+        expression = (call.name, sorted(arguments.values()) if commutes else list(arguments.items()))
         known[node] = hashlib.sha256(repr(expression).encode()).hexdigest()
     return known[node]
 
 
 def slots(ffn: FFN) -> tuple[Projection, ...]:
     """The projections in an order that the spelling does not change: ``silu(g) * u`` and ``u * silu(g)`` agree."""
-    by_output = {each.output: each for each in ffn.projections}
+    by_output = {slot.output: slot for slot in ffn.projections}
     return tuple(by_output[node] for node in _leaves(ffn) if node in by_output)
 
 
@@ -138,7 +138,7 @@ def constant_slots(ffn: FFN) -> tuple[fx.Node, ...]:
 
 
 def _leaves(ffn: FFN) -> tuple[fx.Node, ...]:
-    blind = {each.output: 0 for each in ffn.projections} | dict.fromkeys(ffn.constants, 1)
+    blind = {slot.output: 0 for slot in ffn.projections} | dict.fromkeys(ffn.constants, 1)
     ranked: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
     known: dict[fx.Node, str] = {}
@@ -150,9 +150,9 @@ def _leaves(ffn: FFN) -> tuple[fx.Node, ...]:
         if node in seen:
             return
         seen.add(node)
-        found = op(node)
+        call = op(node)
         sources = list(node.all_input_nodes)
-        if found is not None and found.name in ("add", "mul") and len(sources) == 2:
+        if call is not None and call.name in ("add", "mul") and len(sources) == 2:
             sources.sort(key=lambda source: _activation(source, blind, known))
         for source in sources:
             visit(source)

@@ -5,7 +5,6 @@ Source: LLM-Drop (arXiv 2406.15786); the no-op blocks of Puzzle (arXiv 2411.1914
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,8 +14,9 @@ from fxfuse.graph.surgery import erase_dead, erase_empty_regions
 from fxfuse.passes.base import Control, Edit, Pass, PassReport
 from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.runner import run
-from fxfuse.passes.select import check_known
-from fxfuse.stream.branch import KEPT
+from fxfuse.passes.select import check_known, owners_of
+from fxfuse.stream.branch import KEPT, Branch
+from fxfuse.stream.carry import carried
 from fxfuse.stream.rewrite import resum
 
 
@@ -34,12 +34,14 @@ class Drop(Pass):
         check_known(self.branches, graph.streams)
         rewritten = graph.overwritten
         replaced: dict[fx.Node, fx.Node] = {}
-        owners = Counter(node for stream in graph.streams for branch in stream.branches for node in branch.nodes)
+        owners = owners_of(graph.streams)
+        dropped: dict[Branch, None] = {}
         for stream in graph.streams:
             for residual in stream.sums:
                 gone = [branch for branch in residual.branches if branch.name in self.branches]
                 if not gone:
                     continue
+                dropped.update(dict.fromkeys(gone))
                 left = {term for branch in gone for term in branch.terms}
                 kept_terms = [term for term in residual.terms if term not in left]
                 resum(graph.graph, residual, kept_terms, replaced, rewritten)
@@ -52,6 +54,7 @@ class Drop(Pass):
                     detail = f"{kept} of its nodes serve others and stay" if kept else ""
                     report.done.append(Edit((branch.name,), "dropped", detail))
         erase_empty_regions(graph.graph)
+        graph.carry(carried(graph.streams, graph.graph, dropped, replaced))
         return report
 
 

@@ -18,6 +18,7 @@ from fxfuse.graph.ops import op
 from fxfuse.graph.surgery import erase_dead
 from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import shape
+from fxfuse.packing.strategy import BY_OPTION, COPIED, Copied, Weights
 from fxfuse.passes.base import Edit, Fusion, PassReport
 from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.compatible import difference, form
@@ -49,25 +50,25 @@ class FuseFFN(Fusion[_Wide]):
     """See :func:`fuse_ffn`."""
 
     name, verb, done, product = "fuse_ffn", "fuse", "fused", "one FFN"
-    share: bool = False
+    weights: Copied = COPIED
     kernels: Kernels = "auto"
     merge_gate_up: bool = False
 
     def find(self, graph: Canonical, report: PassReport) -> list[_Wide]:
-        found: list[_Wide] = []
+        wides: list[_Wide] = []
         for stream in graph.streams:
             numbering = Numbering({point: point for point in stream.levels})
             for residual in stream.sums:
                 count = sum(branch.kind in ("gated_ffn", "ffn") for branch in residual.branches)
                 if count > 1 or (count and self.merge_gate_up):
-                    sets = _alike(residual, self.share, numbering, graph.overwritten, graph.regions, report)
-                    found += [self._wide(residual, branches) for branches in sets]
-        return [wide for wide in found if len(wide.branches) > 1 or isinstance(wide.how, Kernel)]
+                    sets = _alike(residual, self.weights, numbering, graph.overwritten, graph.regions, report)
+                    wides += [self._wide(residual, branches) for branches in sets]
+        return [wide for wide in wides if len(wide.branches) > 1 or isinstance(wide.how, Kernel)]
 
     def _wide(self, residual: Sum, branches: tuple[Branch, ...]) -> _Wide:
         how: Kernel | str = "it stands in parallel with no other"
-        if self.share:
-            how = "weights='share'"
+        if not self.weights.folds:
+            how = f"weights={self.weights.option!r}"
         elif len(branches) > 1:
             how = kernel_of(branches, self.kernels)
         elif self.merge_gate_up:
@@ -94,14 +95,14 @@ class FuseFFN(Fusion[_Wide]):
 
     def _emitted(self, graph: fx.Graph, wide: _Wide) -> fx.Node:
         start = wide.residual.stream.node
-        if self.share:
+        if not self.weights.folds:
             return emit_batched(graph, wide.branches, start)
         return emit_wide(graph, wide.branches, start, wide.how if isinstance(wide.how, Kernel) else None)
 
 
 def fuse_ffn(
     gm: fx.GraphModule,
-    share: bool = False,
+    weights: Weights = "copy",
     *,
     kernels: Kernels = "auto",
     merge_gate_up: bool = False,
@@ -113,9 +114,9 @@ def fuse_ffn(
 
     Args:
         gm: a graph; a sum of it that holds several FFNs of one input is what there is to fuse.
-        share: use the weights as they are, so that the packed tensors can be the model's own memory: gains stay
-            outside, and the wide FFN is a batch of GEMMs of one size instead of one GEMM. FFNs of different widths do
-            not fuse then.
+        weights: "copy", or "share" to use the weights as they are, so that the packed tensors can be the model's own
+            memory: gains stay outside, and the wide FFN is a batch of GEMMs of one size instead of one GEMM. FFNs of
+            different widths do not fuse then.
         kernels: what computes them: fxfuse's own kernels on GPUs and ATen elsewhere ("auto"), or always "fxfuse" or
             "aten". Of shared weights and of what the kernels cannot express ATen does, and the report says so.
         merge_gate_up: let fxfuse's kernels compute gated FFNs that are fused with no other, too; under "auto", those
@@ -131,12 +132,13 @@ def fuse_ffn(
         VerifyError: a wide FFN is not the sum of those it replaces. The graph is then as it was.
         OptionError: ``verify`` without ``inputs``.
     """
-    return run(gm, FuseFFN(share, kernels, merge_gate_up), inputs=inputs, verify=verify, max_rewrites=max_rewrites)
+    pass_ = FuseFFN(BY_OPTION[weights], kernels, merge_gate_up)
+    return run(gm, pass_, inputs=inputs, verify=verify, max_rewrites=max_rewrites)
 
 
 def _alike(
     residual: Sum,
-    share: bool,
+    weights: Copied,
     numbering: Numbering,
     rewritten: Container[fx.Node],
     region: Mapping[fx.Node, int],
@@ -147,22 +149,22 @@ def _alike(
     for branch in residual.branches:
         if branch.ffn is None:
             if branch.gate_up is not None:
-                rounding = "" if share else unfoldable(branch.gate_up.normed)
+                rounding = unfoldable(branch.gate_up.normed) if weights.folds else ""
                 report.refused.append(Edit((branch.name,), "fuse", "; ".join(filter(None, (branch.reason, rounding)))))
             continue
         reason = ""
         if residual.write is not None or _input(branch.ffn) in rewritten:
             reason = "what it reads or adds to is written in place"
-        elif share and shape(branch.ffn.projections[0].input) is None:
+        elif not weights.folds and shape(branch.ffn.projections[0].input) is None:
             reason = "the graph does not tell the sizes of what it reads; give the pass example inputs"
         elif any(region[node] != region[residual.out] for node in branch.body):
             reason = "it stands in another autocast or no_grad region than the sum it is added in"
-        elif not share:
+        elif weights.folds:
             reason = unfoldable(branch.ffn.normed)
         if reason:
             report.refused.append(Edit((branch.name,), "fuse", reason))
             continue
-        width = branch.ffn.projections[0].width if share else None
+        width = branch.ffn.projections[0].width if not weights.folds else None
         alike.setdefault((form(branch, numbering), width), []).append(branch)
     for branches in alike.values():
         if len(branches) == 1 and sum(branch.ffn is not None for branch in residual.branches) > 1:
@@ -173,6 +175,6 @@ def _alike(
 
 def _input(ffn: FFN) -> fx.Node:
     """What a wide FFN reads instead of ``ffn``."""
-    found = op(ffn.normed.bare) if ffn.normed.fused_call else None
-    source = found.node("input") if found is not None else None
+    call = op(ffn.normed.bare) if ffn.normed.fused_call else None
+    source = call.node("input") if call is not None else None
     return ffn.normed.bare if source is None else source

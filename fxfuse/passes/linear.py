@@ -6,13 +6,13 @@ projection holds. What follows it in the branch stays: a scale, a norm, dropout.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from fxfuse.errors import PlanError
+from fxfuse.graph.ancestors import ancestors
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.paths import common_path
 from fxfuse.graph.surgery import erase_dead, erase_empty_regions, transaction
@@ -21,7 +21,7 @@ from fxfuse.passes.base import Control, Edit, Pass, PassReport
 from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.normalise.normal import normalise
 from fxfuse.passes.runner import run
-from fxfuse.passes.select import branch_names, check_known, settle
+from fxfuse.passes.select import branch_names, check_known, owners_of, settle
 from fxfuse.stream.branch import KEPT, Branch, parameters_of, stamp
 from fxfuse.stream.ends import Ends, ends_of
 from fxfuse.stream.finder import ResidualStream, find_streams
@@ -41,7 +41,7 @@ class Linear(Pass):
             return report
         check_known(self.branches, graph.streams)
         facts = Facts.of(graph.gm)
-        owners = Counter(node for stream in graph.streams for branch in stream.branches for node in branch.nodes)
+        owners = owners_of(graph.streams)
         for stream in graph.streams:
             for branch in stream.branches:
                 if branch.name not in self.branches or branch.kind == "linear":
@@ -94,10 +94,10 @@ def attention_ends(branch: Branch, stream: ResidualStream, facts: Facts) -> Ends
     if branch.kind != "attention":
         raise PlanError(f"{branch.name!r} is no attention but of kind {branch.kind}: linear is for attention")
     terms = [term.node for term in branch.terms]
-    found = ends_of(terms, branch.body, stream.levels, facts.weights, facts.sizes)
-    if isinstance(found, str):
-        raise PlanError(f"{branch.name!r} cannot be made linear: {found}")
-    return found
+    ends = ends_of(terms, branch.body, stream.levels, facts.weights, facts.sizes)
+    if isinstance(ends, str):
+        raise PlanError(f"{branch.name!r} cannot be made linear: {ends}")
+    return ends
 
 
 def fitting_ends(branch: Branch, stream: ResidualStream, facts: Facts) -> Ends:
@@ -144,7 +144,7 @@ def output_maps(gm: fx.GraphModule, names: Collection[str]) -> tuple[dict[str, O
     Raises:
         PlanError: one is no attention, nobody can tell where it ends, or that is not in the module of its name.
     """
-    found: dict[str, OutputMap | None] = {}
+    maps: dict[str, OutputMap | None] = {}
     with transaction(gm):
         normalise(gm)
         streams = find_streams(gm)
@@ -155,7 +155,7 @@ def output_maps(gm: fx.GraphModule, names: Collection[str]) -> tuple[dict[str, O
                 if branch.name not in names:
                     continue
                 if branch.kind == "linear":
-                    found[branch.name] = None
+                    maps[branch.name] = None
                     continue
                 ends = attention_ends(branch, stream, facts)
                 held = parameters_of((ends.product,), weights, facts.weights)
@@ -164,8 +164,8 @@ def output_maps(gm: fx.GraphModule, names: Collection[str]) -> tuple[dict[str, O
                     where = repr(path) if path else "no module of its own"
                     raise PlanError(f"{branch.name!r} cannot be made linear: its output projection is in {where}")
                 own = path.removeprefix(f"{branch.name}.")
-                found[branch.name] = OutputMap(own, ends.output.fan_in, ends.width)
-    return found, branch_names(streams)
+                maps[branch.name] = OutputMap(own, ends.output.fan_in, ends.width)
+    return maps, branch_names(streams)
 
 
 def _rewrite(graph: Canonical, branch: Branch, ends: Ends, owners: Mapping[fx.Node, int]) -> int:
@@ -173,7 +173,7 @@ def _rewrite(graph: Canonical, branch: Branch, ends: Ends, owners: Mapping[fx.No
     ends.product.replace_input_with(ends.source, _input_like_source(graph, branch, ends))
     stamp([branch])
     erased = erase_dead(graph.graph, [ends.source])
-    left = branch.nodes - _needed([term.node for term in branch.terms], branch.nodes)
+    left = branch.nodes - ancestors([term.node for term in branch.terms], branch.nodes)
     kept = [node for node in branch.body if node in left.difference(erased)]
     own = [node for node in kept if owners[node] == 1]
     for node in own:
@@ -200,22 +200,10 @@ def _input_like_source(graph: Canonical, branch: Branch, ends: Ends) -> fx.Node:
     return made
 
 
-def _needed(nodes: Collection[fx.Node], inside: Container[fx.Node]) -> set[fx.Node]:
-    """Those of ``inside`` that ``nodes`` are computed from, and they themselves."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node in inside and node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
 def _part(graph: fx.Graph, branch: Branch, ends: Ends, kept: Collection[fx.Node]) -> None:
     """Let the nodes that are ``kept`` read a norm of their own: the branch may move, and they stay."""
     copies: dict[fx.Node, fx.Node] = {}
-    needed = _needed([source for node in kept for source in node.all_input_nodes], frozenset(ends.before))
+    needed = ancestors([source for node in kept for source in node.all_input_nodes], frozenset(ends.before))
     for node in ends.before:
         if node in needed:
             with graph.inserting_before(node):

@@ -19,6 +19,7 @@ from fxfuse.graph.surgery import erase_dead
 from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import dtype, value
 from fxfuse.packing.expressions import PACK
+from fxfuse.packing.strategy import BY_OPTION, COPIED, Copied, Weights
 from fxfuse.passes.base import Edit, Fusion, PassReport
 from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.compatible import bare_key, difference
@@ -55,16 +56,16 @@ class MergeGateUp(Fusion[_Group]):
     """See :func:`merge_gate_up`."""
 
     name, verb, done, product = "merge_gate_up", "merge", "merged", "one GEMM"
-    share: bool = False
-    alone: bool = True
+    weights: Copied = COPIED
+    merge_gate_up: bool = True
 
     def find(self, graph: Canonical, report: PassReport) -> list[_Group]:
         groups: list[_Group] = []
         for stream in graph.streams:
             numbering = Numbering({point: point for point in stream.levels})
             for residual in stream.sums:
-                groups += _groups(residual, self.share, numbering, graph.overwritten, graph.regions, report)
-        return [group for group in groups if self.alone or len(group.members) > 1]
+                groups += _groups(residual, self.weights, numbering, graph.overwritten, graph.regions, report)
+        return [group for group in groups if self.merge_gate_up or len(group.members) > 1]
 
     def write(self, graph: Canonical, rewrites: Sequence[_Group]) -> Iterator[tuple[_Group, Claim]]:
         hazard, region = graph.hazards, graph.regions
@@ -84,7 +85,7 @@ class MergeGateUp(Fusion[_Group]):
 
 def merge_gate_up(
     gm: fx.GraphModule,
-    share: bool = False,
+    weights: Weights = "copy",
     *,
     alone: bool = True,
     inputs: Sequence[object] | None = None,
@@ -95,8 +96,8 @@ def merge_gate_up(
 
     Args:
         gm: a graph.
-        share: use the weights as they are (see :func:`fxfuse.passes.fuse_ffn`): FFNs join only if they read the very
-            same value, the gain of their norm included.
+        weights: "copy", or "share" to use the weights as they are (see :func:`fxfuse.passes.fuse_ffn`): FFNs join only
+            if they read the very same value, the gain of their norm included.
         alone: do the same to the gate and up of an FFN that stands in parallel with none.
         inputs: example inputs of the graph, for ``verify``.
         verify: compare each projection with what replaces it, in float64 on ``inputs``.
@@ -106,12 +107,12 @@ def merge_gate_up(
         VerifyError: a projection is not what it was. The graph is then as it was.
         OptionError: ``verify`` without ``inputs``.
     """
-    return run(gm, MergeGateUp(share, alone), inputs=inputs, verify=verify, max_rewrites=max_rewrites)
+    return run(gm, MergeGateUp(BY_OPTION[weights], alone), inputs=inputs, verify=verify, max_rewrites=max_rewrites)
 
 
 def _groups(
-    each: Sum,
-    share: bool,
+    residual: Sum,
+    weights: Copied,
     numbering: Numbering,
     rewritten: Container[fx.Node],
     region: Mapping[fx.Node, int],
@@ -119,8 +120,8 @@ def _groups(
 ) -> list[_Group]:
     """The FFNs of a sum by what their projections read; ``report`` learns who must be left alone, and why."""
     alike: dict[Hashable, list[Branch]] = {}
-    several = sum(branch.gate_up is not None for branch in each.branches) > 1
-    for branch in each.branches:
+    several = sum(branch.gate_up is not None for branch in residual.branches) > 1
+    for branch in residual.branches:
         half = branch.gate_up
         if half is None or any(PACK in p.weight.meta for p in half.projections):
             continue  # the latter is wide already
@@ -128,20 +129,20 @@ def _groups(
             report.refused.append(Edit((branch.name,), "merge", half.unpackable))
             continue
         first = half.projections[0]
-        rounding = "" if share else unfoldable(half.normed)
+        rounding = unfoldable(half.normed) if weights.folds else ""
         if rounding and several:
             reason = "; ".join(filter(None, (branch.reason, rounding)))
             report.refused.append(Edit((branch.name,), "merge with others", reason))
         key = (
-            numbering[first.input] if share or rounding else bare_key(half.normed, numbering),
+            numbering[first.input] if rounding or not weights.folds else bare_key(half.normed, numbering),
             region[first.output],
             tuple({dtype(node) for p in half.projections for node in (p.input, p.weight)}),
-            None if (found := value(first.weight)) is None else found.device,
+            None if (first_weight := value(first.weight)) is None else first_weight.device,
         )
         alike.setdefault(key, []).append(branch)
     found_groups: list[_Group] = []
     for branches in alike.values():
-        group = _group(branches, each, numbering)
+        group = _group(branches, residual, numbering)
         reason = _obstacle(group, rewritten)
         if reason:
             report.refused.append(Edit(group.names, "merge", reason))
@@ -150,11 +151,11 @@ def _groups(
     return found_groups
 
 
-def _group(branches: Sequence[Branch], each: Sum, numbering: Numbering) -> _Group:
+def _group(branches: Sequence[Branch], residual: Sum, numbering: Numbering) -> _Group:
     members = tuple((branch.name, branch.gate_up) for branch in branches if branch.gate_up is not None)
     folded = len({numbering[half.projections[0].input] for _, half in members}) > 1
     reasons = dict.fromkeys(
-        branch.reason if branch.ffn is None else difference(branch, each.branches, numbering)
+        branch.reason if branch.ffn is None else difference(branch, residual.branches, numbering)
         for branch in (branches if len(branches) > 1 else ())
     )
     return _Group(members, folded, "; ".join(reasons))
@@ -176,7 +177,7 @@ def _write(graph: fx.Graph, group: _Group, order: Mapping[fx.Node, int]) -> list
     """The projections of the group, computed anew in one GEMM, in the place of the first of them."""
     first, half = min(
         ((projection.output, half) for _, half in group.members for projection in half.projections),
-        key=lambda each: order[each[0]],
+        key=lambda candidate: order[candidate[0]],
     )
     with graph.inserting_before(first):
         return emit_projections(graph, half, [half for _, half in group.members], group.folded, " + ".join(group.names))

@@ -80,15 +80,15 @@ def parallelize(gm: fx.GraphModule, groups: Sequence[Group]) -> PassReport:
 def _by_stream(groups: Sequence[Group], streams: Sequence[ResidualStream]) -> dict[ResidualStream, list[Group]]:
     check_known((name for group in groups for name in flat(group)), streams)
     home = {branch.name: stream for stream in streams for branch in stream.branches}
-    found: dict[ResidualStream, list[Group]] = {}
+    by_stream: dict[ResidualStream, list[Group]] = {}
     for group in groups:
         first = home[flat(group)[0]]
         for name in flat(group):
             if home[name] is not first:
                 names = f"{name!r} and {flat(group)[0]!r}"
                 raise PlanError(f"{names} belong to different residual streams; no group holds both")
-        found.setdefault(first, []).append(group)
-    return found
+        by_stream.setdefault(first, []).append(group)
+    return by_stream
 
 
 def _copy_hazards(hazard: dict[fx.Node, set[fx.Node]], clones: Mapping[fx.Node, fx.Node]) -> None:
@@ -128,7 +128,7 @@ class _Rewriter:
         self._graph, self._stream = gm.graph, stream
         self._replaced, self._overwritten = replaced, overwritten
         self.clones: dict[fx.Node, fx.Node] = {}
-        self._place = {b: (i, j) for i, each in enumerate(stream.sums) for j, b in enumerate(each.branches)}
+        self._place = {b: (i, j) for i, residual in enumerate(stream.sums) for j, b in enumerate(residual.branches)}
         self._owners = Counter(node for branch in stream.branches for node in branch.body)
         self._groups: dict[Sum, list[Group]] = {}
         self.moved: list[Branch] = []
@@ -150,11 +150,11 @@ class _Rewriter:
     def run(self) -> None:
         leaving = [self._stream[name] for groups in self._groups.values() for group in groups for name in flat(group)]
         gone = {term for branch in leaving for term in branch.terms}
-        for each in self._stream.sums:
-            groups = self._groups.get(each, [])
-            if not groups and not any(term in gone for term in each.terms):
+        for residual in self._stream.sums:
+            groups = self._groups.get(residual, [])
+            if not groups and not any(term in gone for term in residual.terms):
                 continue
-            terms = [term for term in each.terms if term not in gone]
+            terms = [term for term in residual.terms if term not in gone]
             for group in groups:
                 level = self._stream.levels[self._first(group).read]
                 if self._stream.points[level] in self._overwritten:
@@ -163,7 +163,7 @@ class _Rewriter:
                 for member in group:
                     names = (member,) if isinstance(member, str) else member
                     terms += self._sequence([self._stream[name] for name in names], level)
-            resum(self._graph, each, terms, self._replaced, self._overwritten)
+            resum(self._graph, residual, terms, self._replaced, self._overwritten)
 
     def _sequence(self, branches: Sequence[Branch], level: int) -> list[Term]:
         """Run ``branches`` in order on a private copy of the stream at ``level``; what they contribute.

@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from fxfuse.errors import PlanError, nearest
 from fxfuse.graph.values import clean, name_weights, names_in
+from fxfuse.packing.strategy import BY_OPTION, Weights
 from fxfuse.passes.add_in_kernel import AddInKernel
 from fxfuse.passes.base import Pass, PassReport
 from fxfuse.passes.drop import Drop
@@ -72,7 +73,7 @@ def apply_plan(
     *,
     names: Mapping[fx.Node, str] | None = None,
     strict: bool = False,
-    share: bool = False,
+    weights: Weights = "copy",
     merge_gate_up: bool = False,
     kernels: Kernels = "auto",
     elsewhere: Callable[[str], bool] = lambda name: False,
@@ -92,7 +93,7 @@ def apply_plan(
         plan: what to change; an empty plan changes nothing that is computed.
         names: the dotted names of weights, by node, where the caller knows better than the graph.
         strict: a dropped name that no branch has is an error, not a warning.
-        share: see :func:`fxfuse.passes.fuse_ffn`.
+        weights: see :func:`fxfuse.passes.fuse_ffn`.
         kernels: see :func:`fxfuse.passes.fuse_ffn`.
         merge_gate_up: also do something for FFNs that are fused with no other: one call of fxfuse's kernels, where
             those run and pay, else one GEMM for gate and up (:func:`fxfuse.passes.merge_gate_up`).
@@ -119,9 +120,9 @@ def apply_plan(
         if root is not None:
             names = {**names_in(root, gm, inputs), **(names or {})}
         _edit(runner, plan, names, strict, elsewhere, inputs, seen)
-        wide = runner(FuseFFN(share, kernels, merge_gate_up))
+        wide = runner(FuseFFN(BY_OPTION[weights], kernels, merge_gate_up))
         if merge_gate_up or wide.refused:  # else none is left that stands in parallel
-            runner(MergeGateUp(share, alone=merge_gate_up))
+            runner(MergeGateUp(BY_OPTION[weights], merge_gate_up))
         else:
             runner.reports.append(PassReport(MergeGateUp.name))
         runner(AddInKernel())

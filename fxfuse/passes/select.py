@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+
+from torch import fx
 
 from fxfuse.errors import PlanError, nearest
 from fxfuse.stream.finder import ResidualStream
@@ -19,6 +22,11 @@ def check_known(names: Iterable[str], streams: Sequence[ResidualStream]) -> None
         if name not in known:
             what = nearest(name, known) if known else "; the graph has no residual branches"
             raise PlanError(f"{name!r} is no branch of this graph{what}")
+
+
+def owners_of(streams: Sequence[ResidualStream]) -> Counter[fx.Node]:
+    """How many branches each node is a part of."""
+    return Counter(node for stream in streams for branch in stream.branches for node in branch.nodes)
 
 
 def settle(names: Iterable[str], streams: Sequence[ResidualStream]) -> None:

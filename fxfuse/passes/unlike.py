@@ -31,14 +31,14 @@ def unlike(branch: Branch, other: Branch, numbering: Numbering) -> str:
 
 def _kind(normed: Normed, branch: Branch) -> str:
     """What is left of a norm without gain and shift, by name."""
-    found = op(normed.bare)
+    call = op(normed.bare)
     if normed.bare is branch.read:
         return "the stream without a norm"
-    if found is not None and found.name in NORMS:
-        return f"a {found.name}"
+    if call is not None and call.name in NORMS:
+        return f"a {call.name}"
     if rms(normed) is not None:
         return "an rms_norm written out"
-    return _called(normed.bare) if found is None else found.name
+    return _called(normed.bare) if call is None else call.name
 
 
 def _eps(own: object, others: object, other: Branch) -> str:
@@ -59,30 +59,30 @@ def _first(one: fx.Node, two: fx.Node, branch: Branch, other: Branch, numbering:
                 f"it reads {_kind_of_value(one)} with a weight of its own inside ({_weight(pair[0])}), which cannot be "
                 f"folded into its projections as a gain can, so it cannot be wide with {other.name}"
             )
-        found = op(pair[0]), op(pair[1])
-        if found[0] is None and found[1] is None:
+        calls = op(pair[0]), op(pair[1])
+        if calls[0] is None and calls[1] is None:
             unknown = f"it reads {_name(pair[0])} where {other.name} reads {_name(pair[1])}"
             return f"{unknown}, and what {_called(pair[0])} does with them is not known"
-        if found[0] is None or found[1] is None or found[0].name != found[1].name:
+        if calls[0] is None or calls[1] is None or calls[0].name != calls[1].name:
             return f"it reads {_name(pair[0])} where {other.name} reads {_name(pair[1])}"
         nodes: list[tuple[fx.Node, fx.Node]] = []
-        for key in dict.fromkeys([*found[0].args, *found[1].args]):
-            if pair == (one, two) and found[0].name in NORMS and key in ("weight", "bias"):
+        for key in dict.fromkeys([*calls[0].args, *calls[1].args]):
+            if pair == (one, two) and calls[0].name in NORMS and key in ("weight", "bias"):
                 continue
-            values = found[0].args.get(key), found[1].args.get(key)
+            values = calls[0].args.get(key), calls[1].args.get(key)
             if isinstance(values[0], fx.Node) and isinstance(values[1], fx.Node):
                 nodes.append((values[0], values[1]))
             elif repr(values[0]) != repr(values[1]):
                 if key == "eps":
                     return _eps(*values, other)
                 return f"it reads {_name(pair[0])} with {key}={values[0]}, and {other.name} with {key}={values[1]}"
-        stack.extend(reversed(_paired(nodes, found[0], numbering)))
+        stack.extend(reversed(_paired(nodes, calls[0], numbering)))
     return f"it reads another value than {other.name}: {_name(one)}, and not {_name(two)}"
 
 
-def _paired(nodes: list[tuple[fx.Node, fx.Node]], found: Op, numbering: Numbering) -> list[tuple[fx.Node, fx.Node]]:
+def _paired(nodes: list[tuple[fx.Node, fx.Node]], call: Op, numbering: Numbering) -> list[tuple[fx.Node, fx.Node]]:
     """The operands of two ops pair by pair; those of a product or a sum as they match best."""
-    if found.name in ("add", "mul") and len(nodes) == 2:
+    if call.name in ("add", "mul") and len(nodes) == 2:
         (a, b), (c, d) = nodes
         if numbering[a] == numbering[d] or numbering[c] == numbering[b]:
             return [(a, d), (c, b)]
@@ -90,8 +90,8 @@ def _paired(nodes: list[tuple[fx.Node, fx.Node]], found: Op, numbering: Numberin
 
 
 def _kind_of_value(node: fx.Node) -> str:
-    found = op(node)
-    return f"a {found.name}" if found is not None and found.name in NORMS else _name(node)
+    call = op(node)
+    return f"a {call.name}" if call is not None and call.name in NORMS else _name(node)
 
 
 def _called(node: fx.Node) -> str:
@@ -100,10 +100,10 @@ def _called(node: fx.Node) -> str:
 
 
 def _name(node: fx.Node) -> str:
-    found = op(node)
+    call = op(node)
     if (write := written_by(node)) is not None:
         return f"what {write.name} edited in place"
-    return node.name if found is None else f"{found.name} ({node.name})"
+    return node.name if call is None else f"{call.name} ({node.name})"
 
 
 def _weight(node: fx.Node) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument, Target, map_aggregate
 
 from fxfuse.errors import OptionError, VerifyError
+from fxfuse.graph.ancestors import ancestors
 from fxfuse.graph.ops import FLOATING_METHODS, is_barrier, mutated_arguments
 from fxfuse.stream.branch import Term
 
@@ -55,7 +56,7 @@ class Verifier:
     def check(self, claim: Claim, what: str, names: Sequence[str]) -> None:
         """Raise VerifyError unless the claim holds; ``what`` was made of the branches of those ``names``."""
         pairs = claim.pairs
-        terms = [term for pair in pairs for each in pair for term in each]
+        terms = [term for pair in pairs for side in pair for term in side]
         values = self._values([node for term in terms for node in (term.node, *term.scale.nodes)])
         error = max(_distance(_total(made, values), _total(replaced, values)) for made, replaced in pairs)
         if not error <= TOLERANCE:
@@ -139,14 +140,7 @@ class _Float64(fx.Interpreter):
 
 def _needed(graph: fx.Graph, wanted: Collection[fx.Node]) -> set[fx.Node]:
     """What ``wanted`` depends on: its ancestors, whatever writes to memory, and theirs."""
-    found: set[fx.Node] = set()
-    stack = [*wanted, *(node for node in graph.nodes if mutated_arguments(node))]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
+    return ancestors([*wanted, *(node for node in graph.nodes if mutated_arguments(node))])
 
 
 _WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}

@@ -13,6 +13,7 @@ from torch import fx
 
 from fxfuse.ffn.anatomy import leaves_tokens_apart
 from fxfuse.ffn.projection import Projection, mixes, projection
+from fxfuse.graph.ancestors import ancestors
 from fxfuse.graph.ops import OVER_UNITS, drops_randomly, op
 from fxfuse.graph.peel import TABLE, Change, peel
 from fxfuse.graph.value_numbering import Numbering
@@ -72,13 +73,13 @@ def ends_of(
         return f"it does not end in one linear projection but in {names}"
     computed = _computed(body, points, sizes)
     first = _first_products(computed)
-    taken = (each for node in first for each in node.all_input_nodes)
-    read = tuple(dict.fromkeys(each for each in taken if each not in weights and each not in sizes))
+    taken = (operand for node in first for operand in node.all_input_nodes)
+    read = tuple(dict.fromkeys(operand for operand in taken if operand not in weights and operand not in sizes))
     inputs = list(dict.fromkeys(peel(node, Change.ROWS, within=lambda inner: inner not in points) for node in read))
     if not _all_equal(inputs, points):
         return "its first projections read different values: " + ", ".join(node.name for node in inputs)
     held = inputs[0]
-    within = _before(held, set(computed))
+    within = ancestors([held], set(computed))
     before = tuple(node for node in body if node in within)
     if mixing := next((node for node in before if not _leaves_tokens_apart(node)), None):
         return f"what its projections read is no norm of the stream: {mixing.name} is a part of it"
@@ -98,9 +99,9 @@ def is_linear_map(
     products = [node for node in body if mixes(node)]
     if len(terms) != 1 or len(products) != 1:
         return False
-    found = projection(products[0], weights)
+    only = projection(products[0], weights)
     rest = [node for node in body if node is not products[0] and node not in sizes]
-    return found is not None and found.rows is None and all(map(_is_of_a_norm, rest))
+    return only is not None and only.rows is None and all(map(_is_of_a_norm, rest))
 
 
 def _all_equal(nodes: Sequence[fx.Node], points: Collection[fx.Node]) -> bool:
@@ -113,51 +114,39 @@ def _all_equal(nodes: Sequence[fx.Node], points: Collection[fx.Node]) -> bool:
 
 def last_products(node: fx.Node, inside: Container[fx.Node]) -> list[fx.Node]:
     """The matrix products that ``node`` is computed from with no other one in between."""
-    found: list[fx.Node] = []
+    products: list[fx.Node] = []
     seen, stack = {node}, [node]
     while stack:
         node = stack.pop()
         if mixes(node):
-            found.append(node)
+            products.append(node)
             continue
         new = [source for source in node.all_input_nodes if source in inside and source not in seen]
         seen.update(new)
         stack.extend(new)
-    return found
+    return products
 
 
 def _computed(body: Sequence[fx.Node], points: Container[fx.Node], sizes: Container[fx.Node]) -> list[fx.Node]:
     """The nodes of a branch that are computed from values of the stream, and not from its sizes alone."""
-    found: dict[fx.Node, None] = {}
+    computed: dict[fx.Node, None] = {}
     for node in body:
-        if node not in sizes and any(source in found or source in points for source in node.all_input_nodes):
-            found[node] = None
-    return list(found)
+        if node not in sizes and any(source in computed or source in points for source in node.all_input_nodes):
+            computed[node] = None
+    return list(computed)
 
 
 def _first_products(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """The matrix products among ``nodes``, which are in graph order, that depend on no other one."""
-    found: list[fx.Node] = []
+    products: list[fx.Node] = []
     after: set[fx.Node] = set()
     for node in nodes:
         if any(source in after for source in node.all_input_nodes):
             after.add(node)
         elif mixes(node):
-            found.append(node)
+            products.append(node)
             after.add(node)
-    return found
-
-
-def _before(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
-    """``node``, if it is ``inside``, and what it is computed from there."""
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if node in inside and node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
+    return products
 
 
 def _leaves_tokens_apart(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from fxfuse.errors import PlanError, nearest
 from fxfuse.ffn.anatomy import Recogniser, mixes
+from fxfuse.graph.ancestors import ancestors
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.peel import Change, peel
 from fxfuse.graph.values import parameters, same_shape, sizes_only
@@ -40,11 +41,11 @@ class ResidualStream:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        return tuple(branch for each in self.sums for branch in each.branches)
+        return tuple(branch for residual in self.sums for branch in residual.branches)
 
     def sums_before(self, point: fx.Node) -> int:
         """How many of the sums stand before a point."""
-        return sum(self.levels[each.out] <= self.levels[point] for each in self.sums)
+        return sum(self.levels[residual.out] <= self.levels[point] for residual in self.sums)
 
     def __getitem__(self, name: str) -> Branch:
         for branch in self.branches:
@@ -65,7 +66,7 @@ def find_streams(gm: fx.GraphModule, names: Mapping[fx.Node, str] | None = None)
     weights = parameters(gm, names)
     constant = weight_only(gm, weights)
     chains = find_chains(gm, constant)
-    outs = {each.out: each for chain in chains for each in chain}
+    outs = {residual.out: residual for chain in chains for residual in chain}
     streams = [_Finder(gm, weights, constant, chain, outs).stream() for chain in chains]
     # A sum like x + c * x**3, as in a gelu written out, has the form of a residual add and is none.
     streams = [s for s in streams if any(mixes(node) for branch in s.branches for node in branch.body)]
@@ -131,8 +132,8 @@ class _Finder:
         self._level: dict[fx.Node, int] = {}
         others = [term.node for term in sums[0].terms]
         self._pass(beginning(sums[0].stream.node, others, constant, self._order))
-        for each in sums[1:]:
-            self._pass([*takewhile(lambda node: node not in self._level, way(each.stream.node, constant))])
+        for residual in sums[1:]:
+            self._pass([*takewhile(lambda node: node not in self._level, way(residual.stream.node, constant))])
         self._pass([sums[-1].out])
         self._reads: dict[fx.Node, int] = {}
         self._computes_with: dict[fx.Node, int] = {}  # of the points read, those of which not only the sizes count
@@ -154,14 +155,14 @@ class _Finder:
             self._level[node] = len(self._points) - 1
 
     def stream(self) -> ResidualStream:
-        for each in self._sums:
-            each.branches = self._branches(each)
+        for residual in self._sums:
+            residual.branches = self._branches(residual)
         return ResidualStream(self._sums, tuple(self._points), self._level)
 
-    def _branches(self, each: Sum) -> tuple[Branch, ...]:
-        terms = {term.node for term in each.terms}
+    def _branches(self, residual: Sum) -> tuple[Branch, ...]:
+        terms = {term.node for term in residual.terms}
         groups: list[tuple[list[Term], dict[fx.Node, None], set[fx.Node]]] = []
-        for term in each.terms:
+        for term in residual.terms:
             if not self._computes_with[term.node] or term.node in self._constant or self._is_point(term.node):
                 continue
             body, foreign = self._body(term.node, terms)
@@ -212,10 +213,10 @@ class _Finder:
         if len(terms) > 1:
             reason = "it adds several values to the stream (an adapter, or parts that share a projection)"
         else:
-            found = self._recogniser.ffn(terms[0].node, body.__contains__)
-            ffn, reason = (None, found) if isinstance(found, str) else (found, "")
+            recognised = self._recogniser.ffn(terms[0].node, body.__contains__)
+            ffn, reason = (None, recognised) if isinstance(recognised, str) else (recognised, "")
             gate_up = ffn.gate_up if ffn else self._recogniser.gate_up(terms[0].node, body.__contains__)
-        if gate_up is not None and any(mixes(node) for node in self._before(gate_up.normed.output, body)):
+        if gate_up is not None and any(mixes(node) for node in ancestors([gate_up.normed.output], body)):
             ffn, gate_up, reason = None, None, reason or "its input is not the stream but what another layer made of it"
         if crossing := self._crossing(nodes, body):
             ffn, gate_up, reason = (
@@ -247,28 +248,18 @@ class _Finder:
 
     def _crossing(self, nodes: Sequence[fx.Node], body: Mapping[fx.Node, None]) -> tuple[fx.Node, ...]:
         """The sums of other streams among ``nodes`` that come from outside the branch, and go on outside."""
-        found = [self._outs[node] for node in nodes if node in self._outs and same_shape(node, self._points[0])]
-        own = {each.out for each in self._sums}
+        inner = [self._outs[node] for node in nodes if node in self._outs and same_shape(node, self._points[0])]
+        own = {residual.out for residual in self._sums}
         return tuple(
-            each.out
-            for each in found
-            if way(each.stream.node, self._constant)[-1] not in body
-            and any(user not in body and user not in own for user in each.out.users)
+            residual.out
+            for residual in inner
+            if way(residual.stream.node, self._constant)[-1] not in body
+            and any(user not in body and user not in own for user in residual.out.users)
         )
 
     def _read(self, nodes: Iterable[fx.Node], level: int) -> list[fx.Node]:
         """What ``nodes`` read of the stream at ``level``."""
         return [source for node in nodes for source in node.all_input_nodes if self._level.get(source) == level]
-
-    def _before(self, node: fx.Node, body: dict[fx.Node, None]) -> list[fx.Node]:
-        found: dict[fx.Node, None] = {}
-        stack = [node]
-        while stack:
-            node = stack.pop()
-            if node in body and node not in found:
-                found[node] = None
-                stack.extend(node.all_input_nodes)
-        return list(found)
 
 
 _Group = tuple[list[Term], dict[fx.Node, None], set[fx.Node]]

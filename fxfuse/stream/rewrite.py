@@ -75,7 +75,7 @@ def shaped(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
 
 def resum(
     graph: fx.Graph,
-    each: Sum,
+    residual: Sum,
     terms: Sequence[Term],
     replaced: dict[fx.Node, fx.Node],
     overwritten: Container[fx.Node] = (),
@@ -90,21 +90,21 @@ def resum(
     Raises:
         PlanError: the sum writes in place, to memory that others know.
     """
-    if (write := each.write) is not None:
-        names = ", ".join(repr(branch.name) for branch in each.branches)
+    if (write := residual.write) is not None:
+        names = ", ".join(repr(branch.name) for branch in residual.branches)
         raise PlanError(f"{names}: added to the stream in place ({write.name}), in memory that others read; "
                         "write h = h + f instead of h += f there")  # fmt: skip
-    taken = replaced.get(each.stream.node, each.stream.node)
-    with graph.inserting_before(each.out):
-        number = each.stream.scale.number
-        start = _times(graph, taken, [*each.stream.scale.nodes, *([] if number == 1.0 else [number])])
-        made = add_up(graph, start, [Term(replaced.get(t.node, t.node), t.scale) for t in terms], each.out)
-        if made is start and (each.stream.node in overwritten or each.out in overwritten):
+    taken = replaced.get(residual.stream.node, residual.stream.node)
+    with graph.inserting_before(residual.out):
+        number = residual.stream.scale.number
+        start = _times(graph, taken, [*residual.stream.scale.nodes, *([] if number == 1.0 else [number])])
+        made = add_up(graph, start, [Term(replaced.get(t.node, t.node), t.scale) for t in terms], residual.out)
+        if made is start and (residual.stream.node in overwritten or residual.out in overwritten):
             made = graph.call_method("clone", (start,))
-            made.meta = _meta_of(each.out)
-    each.out.replace_all_uses_with(made)
-    replaced[each.out] = made
-    erase_dead(graph, [each.out], keep={taken, start, *(term.node for term in each.terms)})
+            made.meta = _meta_of(residual.out)
+    residual.out.replace_all_uses_with(made)
+    replaced[residual.out] = made
+    erase_dead(graph, [residual.out], keep={taken, start, *(term.node for term in residual.terms)})
 
 
 def _meta_of(node: fx.Node) -> dict[str, object]:

@@ -61,10 +61,10 @@ def find_chains(gm: fx.GraphModule, constant: set[fx.Node]) -> list[tuple[Sum, .
 
 
 def is_sum(node: fx.Node, constant: set[fx.Node]) -> bool:
-    found = op(node)
-    if found is None or found.name not in ("add", "sub") or as_scale(found.args.get("alpha", 1)) is None:
+    call = op(node)
+    if call is None or call.name not in ("add", "sub") or as_scale(call.args.get("alpha", 1)) is None:
         return False
-    one, other = found.node("input"), found.node("other")
+    one, other = call.node("input"), call.node("other")
     if one is None or other is None or node in constant or not is_floating(node):
         return False
     return same_shape(one, other) and same_shape(one, node)
@@ -82,13 +82,13 @@ def flatten(
     Not so the operands in ``closed``. ``rewritten`` are the nodes whose memory is written after they are made.
     """
     terms: list[Term] = []
-    found = op(node)
-    assert found is not None
-    alpha = as_scale(found.args.get("alpha", 1))
+    call = op(node)
+    assert call is not None
+    alpha = as_scale(call.args.get("alpha", 1))
     assert alpha is not None
     for operand, factor in (
-        (found.node("input"), ONE),
-        (found.node("other"), alpha if found.name == "add" else -alpha),
+        (call.node("input"), ONE),
+        (call.node("other"), alpha if call.name == "add" else -alpha),
     ):
         assert operand is not None
         if operand in closed:
@@ -97,8 +97,8 @@ def flatten(
         inner, multiple = _alone(operand, factor)
         rounded = _rounded(inner, constant, rewritten)
         if rounded:
-            terms.extend(Term(each, scale * multiple) for each in rounded)
-        elif found.node("input") is not found.node("other") and _opens(inner, constant, rewritten):
+            terms.extend(Term(addend, scale * multiple) for addend in rounded)
+        elif call.node("input") is not call.node("other") and _opens(inner, constant, rewritten):
             terms.extend(flatten(inner, constant, scale * multiple, closed, rewritten))
         else:
             terms.append(Term(operand, scale * factor))
@@ -117,15 +117,15 @@ def _opens(node: fx.Node, constant: set[fx.Node], rewritten: Container[fx.Node])
 
 def _rounded(node: fx.Node, constant: set[fx.Node], rewritten: Container[fx.Node]) -> tuple[fx.Node, ...]:
     """The operands of ``(a.float() + b.float()).to(a.dtype)``, which is how ``a + b`` is computed; or none."""
-    found = op(node)
-    wide = found.node("input") if found is not None and found.name == "cast" and len(node.users) == 1 else None
+    call = op(node)
+    wide = call.node("input") if call is not None and call.name == "cast" and len(node.users) == 1 else None
     total = op(wide) if wide is not None and _opens(wide, constant, rewritten) else None
     if wide is None or total is None or total.name != "add" or total.args.get("alpha", 1) != 1 or total.inplace:
         return ()
-    casts = [op(each) for each in (total.node("input"), total.node("other")) if each is not None]
-    sources = [each.node("input") for each in casts if each is not None and each.name == "cast"]
-    own = tuple(each for each in sources if each is not None and dtype(each) == dtype(node) is not None)
-    still = not any(each in rewritten for each in own)
+    casts = [op(operand) for operand in (total.node("input"), total.node("other")) if operand is not None]
+    sources = [cast.node("input") for cast in casts if cast is not None and cast.name == "cast"]
+    own = tuple(source for source in sources if source is not None and dtype(source) == dtype(node) is not None)
+    still = not any(source in rewritten for source in own)
     return own if len(own) == 2 and widens(node, wide) and still else ()
 
 
@@ -209,12 +209,12 @@ def _residual_sums(
 
 def _bits(total: fx.Node, nodes: list[fx.Node], bit: Mapping[fx.Node, int]) -> int:
     """The bits of a term and of all that it is but a link or a factor of, as far as ``total`` is as wide as those."""
-    found = bit[nodes[0]]
+    bits = bit[nodes[0]]
     for node in nodes if widens(nodes[0], total) else ():
         if not widens(node, total):
             break
-        found |= bit[node]
-    return found
+        bits |= bit[node]
+    return bits
 
 
 def _multiple(
@@ -225,10 +225,10 @@ def _multiple(
     rewritten: Container[fx.Node],
 ) -> fx.Node | None:
     """The operand that is a multiple of an inner sum which holds ``stream``, if there is one."""
-    found = op(root)
+    call = op(root)
     for name in ("input", "other"):
-        operand = found.node(name) if found is not None else None
-        if found is None or operand is None or operand is stream or operand in closed:
+        operand = call.node(name) if call is not None else None
+        if call is None or operand is None or operand is stream or operand in closed:
             continue
         inner, multiple = _alone(operand, ONE)
         rounded = _rounded(inner, constant, rewritten)
@@ -236,7 +236,7 @@ def _multiple(
         opened = flatten(inner, constant, closed=closed, rewritten=rewritten) if opens else []
         if stream not in (*rounded, *(term.node for term in opened)):
             continue
-        taken_as_it_is = name == "input" or (found.name == "add" and found.args.get("alpha", 1) == 1)
+        taken_as_it_is = name == "input" or (call.name == "add" and call.args.get("alpha", 1) == 1)
         if not (multiple.is_one and taken_as_it_is):
             return operand
         return _multiple(inner, stream, constant, closed, rewritten) if opened else None
@@ -246,14 +246,14 @@ def _multiple(
 def _inside(root: fx.Node, terms: list[Term]) -> set[fx.Node]:
     """The nodes between a sum and its terms."""
     ends = {term.node for term in terms}
-    found: set[fx.Node] = set()
+    between: set[fx.Node] = set()
     stack = [root]
     while stack:
         for source in stack.pop().all_input_nodes:
-            if source not in ends and source not in found:
-                found.add(source)
+            if source not in ends and source not in between:
+                between.add(source)
                 stack.append(source)
-    return found
+    return between
 
 
 def _feeds(bits: int, stream: Term, terms: list[Term], ancestors: Mapping[fx.Node, int]) -> bool:
@@ -263,20 +263,22 @@ def _feeds(bits: int, stream: Term, terms: list[Term], ancestors: Mapping[fx.Nod
 
 def _chains(sums: list[Sum], constant: Container[fx.Node]) -> list[tuple[Sum, ...]]:
     """The sums as chains, each sum in one; where a stream forks, the longer arm goes on."""
-    by_out = {each.out: each for each in sums}
+    by_out = {residual.out: residual for residual in sums}
     previous: dict[Sum, Sum] = {}
-    for each in sums:
-        base = way(each.stream.node, constant)[-1]
+    for residual in sums:
+        base = way(residual.stream.node, constant)[-1]
         if base in by_out:
-            previous[each] = by_out[base]
+            previous[residual] = by_out[base]
     length: dict[Sum, int] = dict.fromkeys(sums, 1)
     following: dict[Sum, Sum] = {}
-    for each in reversed(sums):
-        before = previous.get(each)
-        if before is not None and length[each] + 1 > length[before]:
-            length[before] = length[each] + 1
-            following[before] = each
-    heads = [each for each in sums if each not in previous or following.get(previous[each]) is not each]
+    for residual in reversed(sums):
+        before = previous.get(residual)
+        if before is not None and length[residual] + 1 > length[before]:
+            length[before] = length[residual] + 1
+            following[before] = residual
+    heads = [
+        residual for residual in sums if residual not in previous or following.get(previous[residual]) is not residual
+    ]
     chains: list[tuple[Sum, ...]] = []
     for head in heads:
         chain = [head]

@@ -18,7 +18,8 @@ from fxfuse.backend.frontend import capture
 from fxfuse.cpu import PASS, gemm, gemv, race, with_linear_maps
 from fxfuse.cpu.gemm import in_float32, other_gemms
 from fxfuse.cpu.gemv import LEAST, MAX_ROWS, compiled_loops, few_rows_as_loops, loops_win, measure
-from fxfuse.cpu.race import Size
+from fxfuse.cpu.race import linear_map
+from fxfuse.hardware.configs import Gemm
 
 WEIGHT, BIAS = torch.linspace(-1, 1, 24 * 16).view(24, 16).sin(), torch.linspace(-1, 1, 24)
 
@@ -52,11 +53,11 @@ def onednn_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return lambda faster: monkeypatch.setattr(gemm, "gemm", lambda size: torch.ops.fxfuse.linear if faster else None)
 
 
-class Always(dict[Size, bool]):
+class Always(dict[Gemm, bool]):
     """What was measured, as if loops had won for every size of few rows."""
 
-    def get(self, size: Size, default: object = None) -> bool:  # type: ignore[override]
-        return size.rows <= MAX_ROWS
+    def get(self, size: Gemm, default: object = None) -> bool:  # type: ignore[override]
+        return size.M <= MAX_ROWS
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_loops_round_lower_dtypes_once() -> None:
 def test_lower_dtypes_are_computed_in_float32_where_that_is_faster(
     biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gemm, "gemm", lambda size: in_float32 if size.rows > 5 else None)
+    monkeypatch.setattr(gemm, "gemm", lambda size: in_float32 if size.M > 5 else None)
     x, weight, bias = rows(2, 5).bfloat16(), WEIGHT.bfloat16(), BIAS.bfloat16()
     function, args = (mapped, (x, weight, bias)) if biased else (unbiased, (x, weight))
     gm = traced(function, *args)
@@ -150,7 +151,7 @@ def test_lower_dtypes_are_computed_in_float32_where_that_is_faster(
     assert other_gemms(traced(function, x[:1], *args[1:]).graph) == 0
 
 
-SIZE = Size.of(2, 16, 24, torch.float32)
+SIZE = linear_map(2, 16, 24, torch.float32)
 
 
 @pytest.mark.parametrize("win", [gemm.gemm, loops_win])
@@ -175,13 +176,13 @@ def test_the_faster_one_is_taken(time: float, wins: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("count", [1, MAX_ROWS])
 def test_the_sample_is_the_product(count: int, dtype: torch.dtype) -> None:
     x, weight = rows(count).to(dtype), WEIGHT.to(dtype)
-    made = compiled_loops(Size.of(count, 16, 24, dtype))(x, weight)
+    made = compiled_loops(linear_map(count, 16, 24, dtype))(x, weight)
 
     torch.testing.assert_close(made, F.linear(x.float(), weight.float()).to(dtype))
 
 
 def test_linear_maps_of_few_rows_are_measured_before_they_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Size] = []
+    asked: list[Gemm] = []
     monkeypatch.setattr(gemv, "_FASTER", {})
     monkeypatch.setattr(gemv, "loops_win", lambda size: asked.append(size) or True)
     side = int(LEAST**0.5)
@@ -191,7 +192,7 @@ def test_linear_maps_of_few_rows_are_measured_before_they_are_compiled(monkeypat
         (captured,) = capture(model[:3], torch.zeros(1, count, side))
         measure(captured.gm)
 
-    assert asked == [Size.of(count, side, width, torch.float32) for count in (1, 3) for width in (side, 2 * side)]
+    assert asked == [linear_map(count, side, width, torch.float32) for count in (1, 3) for width in (side, 2 * side)]
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])

@@ -20,7 +20,7 @@ from fxfuse.cpu import onednn, race
 from fxfuse.cpu import prepack as module
 from fxfuse.cpu.gemm import gemm
 from fxfuse.cpu.gemv import compiled_loops, loops_win
-from fxfuse.cpu.race import Size
+from fxfuse.cpu.race import linear_map
 from fxfuse.packing import calls as weights
 from fxfuse.packing.expressions import PACK
 from fxfuse.packing.packs import Pack
@@ -137,8 +137,8 @@ def test_what_the_processor_cannot_multiply_is_not_prepacked(make: Callable[[], 
 
     assert_close(compiled(model)(x), copy.deepcopy(model).double()(x.double()))
     assert not prepacked()
-    assert not MEASURED.__wrapped__(Size.of(1, 256, 256, torch.bfloat16))
-    assert gemm(Size.of(9, 256, 256, torch.bfloat16)) is not torch.ops.fxfuse.linear
+    assert not MEASURED.__wrapped__(linear_map(1, 256, 256, torch.bfloat16))
+    assert gemm(linear_map(9, 256, 256, torch.bfloat16)) is not torch.ops.fxfuse.linear
 
 
 @pytest.mark.slow
@@ -318,7 +318,7 @@ def test_what_one_reader_writes_the_others_do_not_see() -> None:
 def test_without_onednn_nothing_is_prepacked() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert not onednn.computes(torch.float32)
-        assert not MEASURED.__wrapped__(Size.of(1, 256, 256, torch.float32))
+        assert not MEASURED.__wrapped__(linear_map(1, 256, 256, torch.float32))
 
 
 def test_the_report_names_the_weights_and_their_memory() -> None:
@@ -372,7 +372,7 @@ def test_the_option_is_checked() -> None:
 )
 def test_the_fastest_way_wins(times: dict[str, float], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In units of the time that PyTorch takes."""
-    size = Size.of(1, 16, 24, torch.float32)
+    size = linear_map(1, 16, 24, torch.float32)
 
     def seconds(linear: object, *_: object) -> float:
         return {torch.ops.fxfuse.prepacked_linear: times["prepacked"], loops: times["loops"]}.get(linear, 1.0)

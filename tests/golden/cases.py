@@ -196,7 +196,7 @@ CASES = [
     Case("fuse_ffn", "two FFNs that read one point become one of twice the width; the gains of their norms go into it.",
          two_ffns, lambda traced: fuse_ffn(traced.gm), side_by_side, computes=in_parallel),
     Case("fuse_ffn_share", "with weights='share': a batch of GEMMs over the weights as they are, the gains outside.",
-         two_ffns, lambda traced: fuse_ffn(traced.gm, share=True), side_by_side, computes=in_parallel),
+         two_ffns, lambda traced: fuse_ffn(traced.gm, weights="share"), side_by_side, computes=in_parallel),
     Case("fuse_ffn_kernel", "with kernels='fxfuse': the wide FFN is one call, norm and activation included.",
          two_ffns, _kernel, side_by_side, computes=in_parallel),
     Case("add_in_kernel", "the call of the kernel adds its result to the stream itself.",

@@ -6,26 +6,11 @@ as its second part, and its rehearsal interprets them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
-import pytest
 import torch
 
-from tests.kernels.poison import poisoned
+from tests.kernels.interpreting import INTERPRETED, poison
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+__all__ = ["poison"]  # a fixture
 
 # Triton decides when a kernel is defined whether it will be interpreted, so one process cannot do both.
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
-
-if INTERPRETED:
-    from tests.kernels.interpreted import faithful
-
-    faithful.install()
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    with poisoned():
-        yield

@@ -35,8 +35,7 @@ def test_a_restored_tally_goes_on_where_it_was() -> None:
     for part in (torch.rand(50), torch.rand(30)):
         one.add(0, part)
         state = {name: tensor.clone() for name, tensor in other.state().items()}
-        other = Tally(0)
-        other.restore(state)
+        other = Tally.of(state)
         other.add(0, part)
 
     assert torch.equal(one.histogram, other.histogram)

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from tests.models.blocks import WIDTH, Decoder, Stream, SwiGLU
+from tests.models.blocks import WIDTH, Decoder, Stream, SwiGLU, Traced, ready, trace, vectors
 
 
 class Deep(Decoder):
     """Three layers."""
 
     depth = 3
+
+
+@cache
+def decoder() -> Decoder:
+    """One of two layers, its weights drawn."""
+    model = ready(Decoder())
+    assert isinstance(model, Decoder)
+    return model
+
+
+@cache
+def traced_decoder(road: str) -> Traced:
+    """Its graph; take a copy to rewrite it."""
+    return trace(decoder(), vectors(), road=road)
+
+
+@cache
+def deep() -> Deep:
+    """One of three layers, its weights drawn."""
+    model = ready(Deep())
+    assert isinstance(model, Deep)
+    return model
+
+
+@cache
+def traced_deep(road: str) -> Traced:
+    """Its graph; take a copy to rewrite it."""
+    return trace(deep(), vectors(), road=road)
 
 
 class Tied(Decoder):

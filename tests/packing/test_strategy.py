@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxfuse.packing.packs import Pack
 from fxfuse.packing.recipe import Part, Recipe
-from fxfuse.packing.strategy import BY_KIND, BY_MODE, Copied, Opaque, Shared, strategy_of
+from fxfuse.packing.strategy import BY_KIND, BY_OPTION, Copied, Opaque, Shared, strategy_of
 
 
 class Int8(Tensor):
@@ -104,11 +104,11 @@ def test_plain_tensors_are_kept_as_the_option_says_and_opaque_ones_always_as_cop
 
     assert [type(strategy_of([weight], mode)) for mode in ("copy", "share")] == [Copied, Shared]
     if torch.backends.mkldnn.is_available():
-        assert {type(strategy_of([weight.to_mkldnn()], mode)) for mode in BY_MODE} == {Opaque}
+        assert {type(strategy_of([weight.to_mkldnn()], mode)) for mode in BY_OPTION} == {Opaque}
 
 
 def test_only_shared_weights_become_views_of_what_is_packed() -> None:
-    for mode, strategy in BY_MODE.items():
+    for mode, strategy in BY_OPTION.items():
         member = torch.randn(4, 6)
         region = strategy.join([member], 0)
         strategy.adopt(member, region)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection
-from functools import cache
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from tests.models.blocks import (
     Layer,
     Stream,
     SwiGLU,
-    Traced,
     assert_no_dead_nodes,
     assert_refused,
     assert_same,
@@ -31,21 +29,20 @@ from tests.models.blocks import (
     trace,
     vectors,
 )
-from tests.models.decoders import Cached, CrossLayer, IndexedExperts, InPlace, KeyOutputs, Parallel, Tapped, Tokens
+from tests.models.decoders import (
+    Cached,
+    CrossLayer,
+    IndexedExperts,
+    InPlace,
+    KeyOutputs,
+    Parallel,
+    Tapped,
+    Tokens,
+    decoder,
+    traced_decoder,
+)
 
 BRANCHES = ["layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp"]
-
-
-@cache
-def decoder() -> Decoder:
-    model = ready(Decoder())
-    assert isinstance(model, Decoder)
-    return model
-
-
-@cache
-def traced_decoder(road: str) -> Traced:
-    return trace(decoder(), vectors(), road=road)
 
 
 def without(model: Decoder, x: Tensor, names: Collection[str]) -> Tensor:

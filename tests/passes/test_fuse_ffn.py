@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxfuse.packing.expressions import PACK
+from fxfuse.packing.strategy import Weights
 from fxfuse.passes import PassReport, fuse_ffn, parallelize, simplify
 from tests.models import spec as s
 from tests.models.blocks import (
@@ -65,11 +67,11 @@ def simplified(model: nn.Module, road: str) -> tuple[Traced, Tensor]:
     return traced, model(vectors())
 
 
-def fused(model: nn.Module, road: str, share: bool = False, linears: int | None = 2) -> tuple[Traced, PassReport]:
+def fused(model: nn.Module, road: str, weights: Weights = "copy", linears: int | None = 2) -> tuple[Traced, PassReport]:
     """The graph, simplified and fused; it computes what the model does, in as many linears as said."""
     traced, expected = simplified(model, road)
     traced = traced.copy()
-    report = fuse_ffn(traced.gm, share=share)
+    report = fuse_ffn(traced.gm, weights=weights)
     assert_same(traced(), expected)
     assert_no_dead_nodes(traced.gm)
     traced.gm.graph.lint()
@@ -88,7 +90,7 @@ def packs(traced: Traced) -> dict[str, list[str]]:
     return found
 
 
-SHARE = pytest.mark.parametrize("share", [False, True], ids=["copy", "share"])
+WEIGHTS = pytest.mark.parametrize("weights", ["copy", "share"])
 
 # Branches that are one wide FFN, however differently they are written.
 ALIKE: dict[str, Callable[[], list[nn.Module]]] = {
@@ -192,12 +194,12 @@ def unlike() -> Sides:
     return Sides(make() for make, _ in UNLIKE.values())
 
 
-@SHARE
+@WEIGHTS
 @on_both_roads
-def test_ffns_that_differ_in_weights_become_one(road: str, share: bool) -> None:
+def test_ffns_that_differ_in_weights_become_one(road: str, weights: Weights) -> None:
     model = alike()
 
-    traced, report = fused(model, road, share, linears=0 if share else 2 * len(model.groups))
+    traced, report = fused(model, road, weights, linears=0 if weights == "share" else 2 * len(model.groups))
 
     assert not report.refused
     assert len(report.done) == len(model.groups)
@@ -217,7 +219,7 @@ def test_ffns_of_other_widths_become_one(road: str) -> None:
 
 @on_both_roads
 def test_sharing_takes_ffns_of_one_width_only(road: str) -> None:
-    _, report = fused(Side(SwiGLU(5), SwiGLU(7), SwiGLU(5)), road, share=True, linears=3)
+    _, report = fused(Side(SwiGLU(5), SwiGLU(7), SwiGLU(5)), road, "share", linears=3)
 
     assert [edit.branches for edit in report.done] == [("layers.0.body", "layers.2.body")]
     (refused,) = report.refused
@@ -227,7 +229,7 @@ def test_sharing_takes_ffns_of_one_width_only(road: str) -> None:
 
 @on_both_roads
 def test_sharing_packs_nothing_but_whole_weights(road: str) -> None:
-    traced, _ = fused(alike(), road, share=True, linears=0)
+    traced, _ = fused(alike(), road, "share", linears=0)
 
     for name in ("two", "packed", "packed beside separate", "other gains", "layer norms", "plain", "one scale"):
         own = f" of groups.{list(ALIKE).index(name)}."
@@ -239,8 +241,8 @@ def test_sharing_packs_nothing_but_whole_weights(road: str) -> None:
 
 @on_both_roads
 def test_every_concatenation_of_weights_is_marked_as_a_pack(road: str) -> None:
-    for share in (False, True):
-        traced, _ = fused(Side(*ALIKE["scales that differ"]()), road, share, linears=None)
+    for weights in get_args(Weights):
+        traced, _ = fused(Side(*ALIKE["scales that differ"]()), road, weights, linears=None)
 
         cats = [node for node in traced.gm.graph.nodes if node.target is torch.cat]
         assert len(cats) == 3  # projections, their biases, down
@@ -349,10 +351,10 @@ class Narrow(SwiGLU):
         return super().forward(x.float()).double()
 
 
-@SHARE
+@WEIGHTS
 @on_both_roads
-def test_ffns_that_differ_in_more_are_refused_with_the_difference(road: str, share: bool) -> None:
-    _, report = fused(unlike(), road, share, linears=None)
+def test_ffns_that_differ_in_more_are_refused_with_the_difference(road: str, weights: Weights) -> None:
+    _, report = fused(unlike(), road, weights, linears=None)
 
     assert not report.done
     for edit in report.refused:
@@ -538,9 +540,9 @@ def test_gradients_flow_to_the_models_own_weights() -> None:
     model = ready(Side(SwiGLU(bias=True), PackedSwiGLU()))
     x = vectors()
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-    for share in (False, True):
+    for weights in get_args(Weights):
         traced = trace(model, x)
-        fuse_ffn(traced.gm, share=share)
+        fuse_ffn(traced.gm, weights=weights)
         loss = traced.gm(*traced.inputs)[0].square().sum()
 
         got = torch.autograd.grad(loss, list(model.parameters()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection
-from functools import cache
 
 import pytest
 import torch
@@ -32,21 +31,9 @@ from tests.models.blocks import (
     vectors,
 )
 from tests.models.capture import capture
-from tests.models.decoders import Cached, CrossLayer, KeyOutputs, Parallel
+from tests.models.decoders import Cached, CrossLayer, KeyOutputs, Parallel, decoder, traced_decoder
 
 ATTENTIONS = ["layers.0.attn", "layers.1.attn"]
-
-
-@cache
-def decoder() -> Decoder:
-    model = ready(Decoder())
-    assert isinstance(model, Decoder)
-    return model
-
-
-@cache
-def traced_decoder(road: str) -> Traced:
-    return trace(decoder(), vectors(), road=road)
 
 
 def mapped(model: Decoder, index: int, h: Tensor) -> Tensor:

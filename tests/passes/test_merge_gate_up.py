@@ -189,7 +189,7 @@ def test_sharing_merges_only_what_reads_the_very_same_value(road: str) -> None:
         model = ready(Side(*layers))
         traced = trace(model, vectors(), road=road)
 
-        report = merge_gate_up(traced.gm, share=True, alone=False)
+        report = merge_gate_up(traced.gm, weights="share", alone=False)
 
         assert len(report.done) == merged
         with torch.no_grad():

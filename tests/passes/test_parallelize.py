@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tests.models.blocks import (
     Layer,
     Stream,
     SwiGLU,
-    Traced,
     assert_no_dead_nodes,
     assert_refused,
     assert_same,
@@ -29,19 +27,17 @@ from tests.models.blocks import (
     trace,
     vectors,
 )
-from tests.models.decoders import Cached, CrossLayer, Deep, InPlace, LateKeys, Parallel, SharedCache, Tapped
-
-
-@cache
-def deep() -> Deep:
-    model = ready(Deep())
-    assert isinstance(model, Deep)
-    return model
-
-
-@cache
-def traced_deep(road: str) -> Traced:
-    return trace(deep(), vectors(), road=road)
+from tests.models.decoders import (
+    Cached,
+    CrossLayer,
+    InPlace,
+    LateKeys,
+    Parallel,
+    SharedCache,
+    Tapped,
+    deep,
+    traced_deep,
+)
 
 
 def a(index: int) -> str:

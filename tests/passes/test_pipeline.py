@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fxfuse.packing.strategy import Weights
 from fxfuse.passes import REPORTS, apply_plan
 from fxfuse.passes.pipeline import CUT
 from fxfuse.plan import Plan
@@ -26,20 +26,12 @@ from tests.models.blocks import (
     trace,
     vectors,
 )
-from tests.models.decoders import Deep, InPlace, LateKeys, Tied
-
-
-@cache
-def traced(road: str) -> tuple[Deep, Traced]:
-    model = ready(Deep())
-    assert isinstance(model, Deep)
-    return model, trace(model, vectors(), road=road)
+from tests.models.decoders import Deep, InPlace, LateKeys, Tied, deep, traced_deep
 
 
 def graph(road: str) -> tuple[Deep, Traced]:
     """A decoder and a fresh copy of its graph."""
-    model, made = traced(road)
-    return model, made.copy()
+    return deep(), traced_deep(road).copy()
 
 
 def actions(made: Traced) -> dict[str, list[str]]:
@@ -51,17 +43,17 @@ FUSION = Plan(drop=["layers.1.attn", "layers.2.attn"], parallel=[["layers.0.mlp"
 
 
 @on_every_road
-@pytest.mark.parametrize("share", [False, True], ids=["copy", "share"])
-def test_ffn_fusion_drops_makes_parallel_and_fuses(road: str, share: bool) -> None:
+@pytest.mark.parametrize("weights", ["copy", "share"])
+def test_ffn_fusion_drops_makes_parallel_and_fuses(road: str, weights: Weights) -> None:
     model, made = graph(road)
 
-    assert apply_plan(made.gm, FUSION, names=made.names, strict=True, share=share) is made.gm
+    assert apply_plan(made.gm, FUSION, names=made.names, strict=True, weights=weights) is made.gm
 
     h = vectors() * 1.5
     h = h + model.attn(0, h)
     h = h + sum(model.mlp(index, h) for index in range(3))
     assert_same(made(), model.head(model.norm(h)))
-    assert made.linears == 4 + (0 if share else 2) + 1
+    assert made.linears == 4 + (0 if weights == "share" else 2) + 1
     assert_no_dead_nodes(made.gm)
     done = actions(made)
     assert list(done) == ["simplify", "drop", "linear", "parallelize", "fuse_ffn", "merge_gate_up", "add_in_kernel"]

@@ -73,42 +73,42 @@ def _translated(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """What stands for ``node``, written at the insertion point; None if it may stay as it is."""
     if node.target is getitem and (normed := _norm(graph, node)) is not None:
         return normed
-    found = op(node)
-    if found is None:
+    call = op(node)
+    if call is None:
         return None
-    if found.name in ("getitem", "select"):
-        return _part(graph, node, found)
-    if found.name in ("mul", "div"):
-        return _gain_last(graph, node, found)
-    source = found.node("input")
-    if found.name == "cast" and len(node.all_input_nodes) > 1:
-        return graph.call_method("to", (source, found.args["dtype"]))
-    if found.name == "addcmul":
-        return _addcmul(graph, node, found)
-    if found.name == "sum" and source is not None:
-        return _sum_of_stack(graph, node, found, source)
-    if found.name == "glu" and source is not None and is_last(found.args.get("dim", -1), source):
+    if call.name in ("getitem", "select"):
+        return _part(graph, node, call)
+    if call.name in ("mul", "div"):
+        return _gain_last(graph, node, call)
+    source = call.node("input")
+    if call.name == "cast" and len(node.all_input_nodes) > 1:
+        return graph.call_method("to", (source, call.args["dtype"]))
+    if call.name == "addcmul":
+        return _addcmul(graph, node, call)
+    if call.name == "sum" and source is not None:
+        return _sum_of_stack(graph, node, call, source)
+    if call.name == "glu" and source is not None and is_last(call.args.get("dim", -1), source):
         return _glu(graph, source)
-    return _product(graph, node) if found.name == "einsum" else None
+    return _product(graph, node) if call.name == "einsum" else None
 
 
-def _addcmul(graph: fx.Graph, node: fx.Node, found: Op) -> fx.Node | None:
+def _addcmul(graph: fx.Graph, node: fx.Node, call: Op) -> fx.Node | None:
     """As a product and a sum, so that a residual add is seen."""
-    start, pair = found.node("input"), [found.node("tensor1"), found.node("tensor2")]
+    start, pair = call.node("input"), [call.node("tensor1"), call.node("tensor2")]
     whole = next((each for each in pair if each is not None and shape(each) == shape(node)), None)
     if start is None or None in pair or whole is None or dtype(whole) != dtype(node):
         return None
     product = graph.call_function(torch.mul, tuple(pair))
     product.meta = dict(node.meta)
-    factor = found.args.get("value", 1)
+    factor = call.args.get("value", 1)
     return graph.call_function(torch.add, (start, product), {} if factor == 1 else {"alpha": factor})
 
 
-def _sum_of_stack(graph: fx.Graph, node: fx.Node, found: Op, source: fx.Node) -> fx.Node | None:
+def _sum_of_stack(graph: fx.Graph, node: fx.Node, call: Op, source: fx.Node) -> fx.Node | None:
     """As adds. Of more than two in half precision a sum rounds once, and adds would each time."""
-    dim, kind, sizes = found.args.get("dim"), dtype(node), shape(source)
+    dim, kind, sizes = call.args.get("dim"), dtype(node), shape(source)
     dim = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
-    if not isinstance(dim, int) or sizes is None or found.args.get("keepdim", False) is not False:
+    if not isinstance(dim, int) or sizes is None or call.args.get("keepdim", False) is not False:
         return None
     parts = _stacked(source, dim % len(sizes))
     if kind is None or not kind.is_floating_point or any(dtype(part) != kind for part in parts):
@@ -124,30 +124,30 @@ def _sum_of_stack(graph: fx.Graph, node: fx.Node, found: Op, source: fx.Node) ->
 
 def _stacked(node: fx.Node, dim: int) -> list[fx.Node]:
     """What ``node`` is a stack of along ``dim``; torch.export's decompositions write one with ``cat``."""
-    found, sizes = op(node), shape(node)
-    if found is None or sizes is None:
+    call, sizes = op(node), shape(node)
+    if call is None or sizes is None:
         return []
-    if found.name == "stack":
-        return _joined(found, dim, len(sizes))
-    if found.name == "cat":
-        return [row for part in _joined(found, dim, len(sizes)) if (row := _unsqueezed(part, dim, len(sizes)))]
-    joined = op(source) if found.name == "view" and (source := found.node("input")) is not None else None
+    if call.name == "stack":
+        return _joined(call, dim, len(sizes))
+    if call.name == "cat":
+        return [row for part in _joined(call, dim, len(sizes)) if (row := _unsqueezed(part, dim, len(sizes)))]
+    joined = op(source) if call.name == "view" and (source := call.node("input")) is not None else None
     rows = _joined(joined, dim, len(sizes) - 1) if joined is not None and joined.name == "cat" else []
     rest = (*sizes[:dim], *sizes[dim + 1 :])
     return rows if len(rows) == sizes[dim] and all(shape(each) == rest for each in rows) else []
 
 
-def _joined(found: Op, dim: int, rank: int) -> list[fx.Node]:
+def _joined(call: Op, dim: int, rank: int) -> list[fx.Node]:
     """The operands of a stack or a cat, if it is one along ``dim``."""
-    place, parts = found.args.get("dim", 0), found.args.get("tensors")
+    place, parts = call.args.get("dim", 0), call.args.get("tensors")
     along = isinstance(place, int) and place % rank == dim
     return [part for part in parts if isinstance(part, fx.Node)] if along and isinstance(parts, list | tuple) else []
 
 
 def _unsqueezed(node: fx.Node, dim: int, rank: int) -> fx.Node | None:
-    found = op(node)
-    place = found.args.get("dim") if found is not None and found.name == "unsqueeze" else None
-    return found.node("input") if found is not None and isinstance(place, int) and place % rank == dim else None
+    call = op(node)
+    place = call.args.get("dim") if call is not None and call.name == "unsqueeze" else None
+    return call.node("input") if call is not None and isinstance(place, int) and place % rank == dim else None
 
 
 def _glu(graph: fx.Graph, source: fx.Node) -> fx.Node:
@@ -162,9 +162,9 @@ def _glu(graph: fx.Graph, source: fx.Node) -> fx.Node:
     return graph.call_function(torch.mul, (value, opened))
 
 
-def _part(graph: fx.Graph, node: fx.Node, found: Op) -> fx.Node | None:
+def _part(graph: fx.Graph, node: fx.Node, call: Op) -> fx.Node | None:
     """A part of the last dimension, picked from that dimension made two: a half, or every other number."""
-    picked = _picked(found)
+    picked = _picked(call)
     split = op(picked[0]) if picked is not None else None
     source = split.node("input") if split is not None and split.name in ("view", "unflatten") else None
     if picked is None or source is None:
@@ -182,16 +182,16 @@ def _part(graph: fx.Graph, node: fx.Node, found: Op) -> fx.Node | None:
     return graph.call_function(torch.ops.aten.slice.Tensor, (source, -1, *rows))
 
 
-def _picked(found: Op) -> tuple[fx.Node, int, int] | None:
+def _picked(call: Op) -> tuple[fx.Node, int, int] | None:
     """``(x, dimension, index)`` if the op takes one of what ``x`` has along a dimension: ``x[..., 0, :]``, unbind."""
-    source, index = found.node("input"), found.args.get("index")
-    dim: object = found.args.get("dim")
-    if found.name == "getitem" and isinstance(index, int):
+    source, index = call.node("input"), call.args.get("index")
+    dim: object = call.args.get("dim")
+    if call.name == "getitem" and isinstance(index, int):
         parts = op(source) if source is not None else None
         if parts is None or parts.name != "unbind":
             return None
         source, dim = parts.node("input"), parts.args.get("dim", 0)
-    elif found.name == "getitem":
+    elif call.name == "getitem":
         everything = slice(None)
         if not isinstance(index, tuple) or index[:1] != (Ellipsis,) or any(i != everything for i in index[2:]):
             return None
@@ -201,12 +201,12 @@ def _picked(found: Op) -> tuple[fx.Node, int, int] | None:
     return source, dim, index
 
 
-def _gain_last(graph: fx.Graph, node: fx.Node, found: Op) -> fx.Node | None:
+def _gain_last(graph: fx.Graph, node: fx.Node, call: Op) -> fx.Node | None:
     """``gain * x`` divided by, or times, one number a row: with the gain last, as a norm has it that is written out."""
-    if found.name == "div" and "rounding_mode" in found.args:
+    if call.name == "div" and "rounding_mode" in call.args:
         return None
-    one, other = found.node("input"), found.node("other")
-    for product, row in ((one, other), (other, one))[: 2 if found.name == "mul" else 1]:
+    one, other = call.node("input"), call.node("other")
+    for product, row in ((one, other), (other, one))[: 2 if call.name == "mul" else 1]:
         scaled = op(product) if product is not None else None
         if product is None or row is None or scaled is None or scaled.name != "mul" or len(product.users) > 1:
             continue
@@ -214,7 +214,7 @@ def _gain_last(graph: fx.Graph, node: fx.Node, found: Op) -> fx.Node | None:
             gain, x = scaled.node(key), scaled.node(rest)
             if gain is None or x is None or not _is_gain(gain, x, node) or last_dim(row) != 1 or dtype(row) != dtype(x):
                 continue
-            made = graph.call_function(torch.div if found.name == "div" else torch.mul, (x, row))
+            made = graph.call_function(torch.div if call.name == "div" else torch.mul, (x, row))
             made.meta = dict(node.meta)
             return graph.call_function(torch.mul, (made, gain))
     return None

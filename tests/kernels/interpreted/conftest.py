@@ -5,25 +5,9 @@ By hand: ``TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest tests/kern
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from tests.kernels.interpreting import INTERPRETED, poison
 
-import pytest
-
-from tests.kernels.poison import poisoned
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+__all__ = ["poison"]  # a fixture
 
 # Triton decides when a kernel is defined whether it will be interpreted, so one process cannot do both.
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
-
-if INTERPRETED:
-    from tests.kernels.interpreted import faithful
-
-    faithful.install()
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    with poisoned():
-        yield

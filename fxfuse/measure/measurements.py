@@ -1,0 +1,94 @@
+"""What a recording has measured so far: of branches and of groups of them, added batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from fxfuse.errors import RecordError
+from fxfuse.measure.provenance import provenance
+from fxfuse.measure.recording import BranchRecord, GroupRecord, Recording
+from fxfuse.measure.statistics import Tally
+from fxfuse.plan import Plan
+
+
+@dataclass
+class Measurements:
+    """Of m branches and of some groups.
+
+    Attributes:
+        places: the branches.
+        windows: the names of the members of each group.
+        distance: how far branch j turns when branch i is dropped, at ``i * m + j``.
+        cosine: of each branch, how far it turns the stream.
+        norm_ratio: of each, how large its contribution is beside the stream.
+        kl: of each, what its drop does to the next token; nothing where the model returns no logits.
+        group: of each group, the relative error of the stream after it.
+        group_kl: of each group, what it does to the next token.
+        tokens, batches: how many were measured.
+    """
+
+    places: tuple[BranchRecord, ...]
+    windows: tuple[tuple[str, ...], ...]
+    distance: Tally
+    cosine: Tally
+    norm_ratio: Tally
+    kl: Tally
+    group: Tally
+    group_kl: Tally
+    tokens: int = 0
+    batches: int = 0
+
+    @classmethod
+    def of(cls, places: tuple[BranchRecord, ...], windows: Iterable[tuple[str, ...]]) -> Measurements:
+        """Of these branches and groups nothing is measured yet."""
+        groups, m = tuple(windows), len(places)
+        return cls(
+            places,
+            groups,
+            distance=Tally(m * m),
+            cosine=Tally(m),
+            norm_ratio=Tally(m),
+            kl=Tally(m),
+            group=Tally(len(groups)),
+            group_kl=Tally(len(groups)),
+        )
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """All of them, by their names."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tally)}
+
+    def recording(self, plan: Plan, model: Mapping[str, str]) -> Recording:
+        """What a file holds of it: ``plan`` was in force, and ``model`` is the digest of what was recorded.
+
+        Raises:
+            RecordError: nothing was measured.
+        """
+        if not self.tokens:
+            raise RecordError("nothing was recorded: there was no batch, or no token in any. Give at least one batch")
+        m, measured = len(self.places), bool(self.kl.count.any())
+        kl, group_kl = (
+            mean if measured else torch.full_like(mean, torch.nan) for mean in (self.kl.mean(), self.group_kl.mean())
+        )
+        means, tails = self.group.mean(), self.group.quantile(0.99)
+        return Recording(
+            branches=self.places,
+            mean=self.distance.mean().view(m, m).float(),
+            p99=self.distance.quantile(0.99).view(m, m).float(),
+            max=self.distance.largest.view(m, m).float(),
+            cosine=(1 - self.cosine.mean()).float(),
+            norm_ratio=self.norm_ratio.mean().float(),
+            kl=kl.float(),
+            groups=tuple(
+                GroupRecord(names, float(means[i]), float(tails[i]), float(self.group.largest[i]), float(group_kl[i]))
+                for i, names in enumerate(self.windows)
+            ),
+            tokens=self.tokens,
+            plan=plan,
+            model=dict(model),
+            made=provenance(),
+        )

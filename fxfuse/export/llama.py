@@ -1,0 +1,198 @@
+"""Whether a planned model is Llama-shaped, and if so its :class:`~fxfuse.export.layout.Layout`.
+
+Told from the graph alone. What the graph of a short call does not tell (rotary angles far out, attention windows) is
+in the model's config, and for the formats to look at.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxfuse.errors import ExportError
+from fxfuse.export.attention import attention_of, linear_of
+from fxfuse.export.layout import Attention, Block, GatedFFN, Layout, LinearAttention
+from fxfuse.export.reading import norm_of, one_number
+from fxfuse.export.stream import Planned
+from fxfuse.export.weights import Expressions, Weight, added, filled, stacked
+from fxfuse.ffn.activation import Activation, activation_of
+from fxfuse.ffn.affine import unfoldable
+from fxfuse.ffn.anatomy import FFN
+from fxfuse.ffn.projection import Projection, projection
+from fxfuse.graph.ops import op
+from fxfuse.graph.peel import PASSED, Change, layers
+from fxfuse.graph.values import dtype
+from fxfuse.packing.expressions import ONE
+from fxfuse.plan import Member
+from fxfuse.stream.branch import Branch
+
+
+def llama_layout(planned: Planned) -> Layout:
+    """The planned model as blocks.
+
+    Raises:
+        ExportError: it is not Llama-shaped; the message says where, and why.
+    """
+    return _Reader(planned).layout()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An FFN of a group, and the function of its hidden units."""
+
+    branch: Branch
+    ffn: FFN
+    activation: Activation
+
+
+class _Reader:
+    def __init__(self, planned: Planned) -> None:
+        self._planned, self._branches = planned, planned.branches
+        self._write = Expressions(planned.gm, planned.inputs, planned.names)
+        self._eps: dict[float, str] = {}
+
+    def layout(self) -> Layout:
+        stream = self._planned.stream
+        if len(stream.points) != len(stream.sums) + 1 or any(not each.stream.scale.is_one for each in stream.sums):
+            raise ExportError("the stream itself is multiplied between layers, and Llama's is not")
+        extra = next((term for each in stream.sums for term in each.extras), None)
+        if extra is not None:
+            raise ExportError(f"{extra.node.name} is added to the stream and is no branch: a Llama adds branches alone")
+        blocks = self._blocks()
+        embedding, norm, head = self._embedding(), *self._head()
+        if len(self._eps) > 1:
+            told = ", ".join(f"{eps:g} ({where})" for eps, where in self._eps.items())
+            raise ExportError(f"its norms have different eps, and a Llama has one: {told}")
+        return Layout(blocks, embedding, norm, None if head == embedding else head, next(iter(self._eps)))
+
+    def _blocks(self) -> tuple[Block, ...]:
+        blocks: list[Block] = []
+        for members in self._planned.points:
+            made = self._point([self._branch(member) for member in members])
+            if not isinstance(made, GatedFFN):
+                blocks.append(Block(made, None))
+            elif blocks and blocks[-1].ffn is None:
+                blocks[-1] = Block(blocks[-1].attention, made)
+            else:
+                blocks.append(Block(None, made))
+        return tuple(blocks)
+
+    def _branch(self, member: Member) -> Branch:
+        if isinstance(member, str):
+            return self._branches[member]
+        raise ExportError(
+            f"{' + '.join(member)} run on a copy of the stream of their own, and a Llama has but one stream: the "
+            "format 'transformers' can say it"
+        )
+
+    def _point(self, branches: Sequence[Branch]) -> Attention | LinearAttention | GatedFFN:
+        kinds = {"linear" if each.name in self._planned.plan.linear else each.kind for each in branches}
+        if kinds == {"gated_ffn"}:
+            return self._ffn([self._part(branch) for branch in branches])
+        if len(branches) == 1 and kinds <= {"attention", "linear"}:
+            reader = attention_of if kinds == {"attention"} else linear_of
+            made, eps = reader(branches[0], self._planned, self._write)
+            self._note(eps, branches[0].name)
+            return made
+        names = ", ".join(f"{each.name!r} ({each.kind})" for each in branches)
+        together = "stand side by side" if len(branches) > 1 else "is there"
+        raise ExportError(f"{names} {together}, and a layer of a Llama is one attention, then one gated FFN")
+
+    def _part(self, branch: Branch) -> _Part:
+        if branch.ffn is None:
+            raise ExportError(f"{branch.name!r} is no FFN of a Llama: {branch.reason}")
+        activation = activation_of(branch.ffn)
+        if activation is None or activation.up is None:
+            raise ExportError(f"{branch.name!r} has hidden units that are not activation(gate) * up")
+        return _Part(branch, branch.ffn, activation)
+
+    def _ffn(self, parts: Sequence[_Part]) -> GatedFFN:
+        """FFNs of one point as one. A single one keeps its norm; of several, gains go into gate and up."""
+        planned, write = self._planned, self._write
+        first, alone = parts[0], len(parts) == 1
+        names = tuple(part.branch.name for part in parts)
+        if len({part.activation.name for part in parts}) > 1:
+            raise ExportError(f"{' and '.join(names)} have different activations, so they are not one FFN")
+        for part in parts:
+            affine = part.ffn.normed
+            norm = norm_of(affine.output, first.ffn.down.width, part.branch.read, planned, repr(part.branch.name))
+            self._note(norm.eps, part.branch.name)
+            if not alone and (rounding := unfoldable(affine)):
+                raise ExportError(f"{part.branch.name!r} cannot be a part of a wide FFN: {rounding}")
+        factors = [ONE if alone else part.ffn.normed.factor for part in parts]
+        downs = [self._down(part) for part in parts]
+        given, width = downs[0][0].dtype, first.ffn.down.width
+        gain = write.gain(first.ffn.normed.factor, width, given) if alone else filled(1.0, (width,), given)
+
+        def rows(which: Sequence[Projection]) -> Weight:
+            return stacked([write.rows(each, factor) for each, factor in zip(which, factors, strict=True)])
+
+        gates = [part.activation.gate for part in parts]
+        ups = [part.activation.up for part in parts if part.activation.up is not None]
+        held = [bias for _, bias in downs if bias is not None]
+        return GatedFFN(
+            names, first.activation.name, gain, rows(gates), rows(ups), stacked([down for down, _ in downs], 1),
+            self._biases(gates), self._biases(ups), added(held) if held else None,
+        )  # fmt: skip
+
+    def _down(self, part: _Part) -> tuple[Weight, Weight | None]:
+        ffn, scale = part.ffn, part.branch.scale
+        if scale.nodes:
+            raise ExportError(f"{part.branch.name!r} is multiplied with a symbolic number: trace without dynamic=True")
+        bias = self._write.bias(ffn.down, (), ffn.gains)
+        down = self._write.rows(ffn.down, ONE, ffn.gains).times(scale.number)
+        return down, None if bias is None else bias.times(scale.number)
+
+    def _biases(self, projections: Sequence[Projection]) -> Weight | None:
+        """Their biases end to end, zeros for those who have none; None if nobody has one."""
+        made = [self._write.bias(each) for each in projections]
+        like = next((bias for bias in made if bias is not None), None)
+        if like is None:
+            return None
+        pairs = zip(made, projections, strict=True)
+        return stacked([filled(0.0, (own.width,), like.dtype) if bias is None else bias for bias, own in pairs])
+
+    def _embedding(self) -> Weight:
+        node, number = self._planned.stream.points[0], 1.0
+        for taken in layers(node, PASSED | Change.NUMBER | Change.GAIN, self._planned.weights):
+            node, number = taken.source, number * taken.scale.number
+            if taken.weight is not None:
+                number *= one_number(taken.weight, self._write, "what is embedded")
+        call = op(node)
+        weight = call.node("weight") if call is not None and call.name == "embedding" else None
+        if weight is None or weight not in self._planned.weights:
+            raise ExportError(f"the stream does not begin with embedded tokens but with {node.name}")
+        return self._write.of(weight).times(number)
+
+    def _head(self) -> tuple[Weight, Weight]:
+        """The gain of the last norm, and the weights that make the logits."""
+        planned = self._planned
+        (output,) = planned.gm.graph.find_nodes(op="output")
+        node, number = output.all_input_nodes[0], 1.0
+        for taken in layers(node, PASSED | Change.NUMBER):
+            node, number = taken.source, number * taken.scale.number
+        logits = projection(node, planned.weights)
+        if logits is None or logits.bias is not None:
+            raise ExportError(f"the logits are not one linear map without a bias, but {node.name}")
+        norm = norm_of(_whole(logits.input), logits.fan_in, planned.stream.points[-1], planned, "what makes the logits")
+        self._note(norm.eps, "the last norm")
+        given = dtype(logits.weight)
+        assert given is not None
+        return self._write.gain(norm.factor, logits.fan_in, given), self._write.rows(logits).times(number)
+
+    def _note(self, eps: float, where: str) -> None:
+        self._eps.setdefault(eps, where)
+
+
+def _whole(node: fx.Node) -> fx.Node:
+    """A value before it is cut to all of itself: the logits of all tokens are asked for."""
+    while node.target is operator.getitem and isinstance(node.args[1], tuple):
+        if any(cut is not Ellipsis and cut not in (slice(None), slice(0, None)) for cut in node.args[1]):
+            break
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node

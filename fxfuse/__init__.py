@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxfuse.backend.applying import apply
     from fxfuse.errors import FxfuseError, PlanError
-    from fxfuse.export.export import export
+    from fxfuse.exporting.export import export
     from fxfuse.healing.heal import Healing, heal
     from fxfuse.measure.evaluation import Metrics, evaluate
     from fxfuse.measure.recorder import record
@@ -29,7 +29,7 @@ _HOME = {
     "evaluate": "fxfuse.measure.evaluation",
     "explain": "fxfuse.report.explanation",
     "Explanation": "fxfuse.report.explanation",
-    "export": "fxfuse.export.export",
+    "export": "fxfuse.exporting.export",
     "FxfuseError": "fxfuse.errors",
     "heal": "fxfuse.healing.heal",
     "Healing": "fxfuse.healing.heal",

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from fxfuse.backend.frontend import capture
 from fxfuse.backend.naming import elsewhere
 from fxfuse.errors import ExportError
-from fxfuse.export.points import planned_points
+from fxfuse.exporting.points import planned_points
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.values import parameters
 from fxfuse.passes.pipeline import edit

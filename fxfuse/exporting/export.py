@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
@@ -12,14 +11,14 @@ import torch
 from torch import nn
 
 from fxfuse.errors import ExportError, nearest
-from fxfuse.export.folder import new_folder, write_companions
-from fxfuse.export.stream import Planned, planned_stream
+from fxfuse.exporting.folder import new_folder, write_companions
+from fxfuse.exporting.request import Request
 from fxfuse.model import healed
 from fxfuse.plan import Plan, edits_of
 
 FORMATS: Mapping[str, str] = {
-    "nemotron-nas": "fxfuse.export.nemotron_nas",
-    "transformers": "fxfuse.export.transformers",
+    "nemotron-nas": "fxfuse.exporting.nemotron_nas",
+    "transformers": "fxfuse.exporting.transformers",
 }
 """The modules of the formats. Each has ``prepare(request) -> write``, and ``write(folder)`` writes all but companions.
 
@@ -27,33 +26,6 @@ Whatever the format cannot say, ``prepare`` raises an :class:`ExportError` about
 """
 
 Write = Callable[[Path], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be exported.
-
-    Attributes:
-        model: the model; it is not changed.
-        plan: its plan.
-        example: the arguments of one call without a cache.
-        tokenizer: a Hugging Face tokenizer, or None.
-        progress: whether to show any.
-        check: compare what the written folder computes with the planned model.
-        options: what only this format knows.
-    """
-
-    model: nn.Module
-    plan: Plan
-    example: Mapping[str, object]
-    tokenizer: object
-    progress: bool
-    check: bool
-    options: Mapping[str, object] = field(default_factory=dict)
-
-    def planned(self) -> Planned:
-        """The stream of the model and what the plan makes of it; see :func:`planned_stream`."""
-        return planned_stream(self.model, self.plan, self.example)
 
 
 def export(

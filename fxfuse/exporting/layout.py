@@ -1,14 +1,14 @@
 """The planned model as blocks of a Llama: what the formats of Llama-shaped models are written from.
 
 A Llama-shaped model is a stream of RMS norms, rotary attentions and gated FFNs. Weights are expressions
-(:mod:`fxfuse.export.weights`) that are computed when they are written. :mod:`fxfuse.export.llama` makes a layout.
+(:mod:`fxfuse.exporting.weights`) that are computed when they are written. :mod:`fxfuse.exporting.llama` makes a layout.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxfuse.export.weights import Weight
+from fxfuse.exporting.weights import Weight
 
 
 @dataclass(frozen=True)

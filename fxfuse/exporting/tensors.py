@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 
 from fxfuse.errors import ExportError
-from fxfuse.export.weights import Weight
+from fxfuse.exporting.weights import Weight
 
 SHARD = 4 * 2**30
 """Bytes of weights in a file at most, but for a weight that is larger by itself."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from fxfuse.errors import ExportError
-from fxfuse.export.layout import Attention, LinearAttention
-from fxfuse.export.reading import behind, contribution_of, norm_of
-from fxfuse.export.stream import Planned
-from fxfuse.export.weights import Expressions, Weight
+from fxfuse.exporting.layout import Attention, LinearAttention
+from fxfuse.exporting.reading import behind, contribution_of, norm_of
+from fxfuse.exporting.stream import Planned
+from fxfuse.exporting.weights import Expressions, Weight
 from fxfuse.graph.ops import op
 from fxfuse.graph.values import dtype, shape, sizes_only
 from fxfuse.packing.expressions import ONE

@@ -162,23 +162,23 @@ class Expressions:
         dtype = self._value(projection.weight).dtype
         return Weight(shape, dtype, lambda: self._value(node).to(dtype), self._sources(node))
 
-    def _value(self, node: fx.Node) -> Tensor:
+    def _value(self, root: fx.Node) -> Tensor:
         """Evaluate an expression of weights; what it needs on the way is freed with it."""
         known: dict[fx.Node, Tensor] = {}
 
-        def value(current: fx.Node) -> Tensor:
-            if current in self._held:
-                return self._held[current].detach().cpu()
-            if current not in known:
-                args: Any = fx.map_arg(current.args, value)
-                kwargs: Any = fx.map_arg(current.kwargs, value)
-                method = current.op == "call_method"
-                function: Any = getattr(Tensor, str(current.target)) if method else current.target
-                known[current] = function(*args, **kwargs)
-            return known[current]
+        def value(node: fx.Node) -> Any:
+            if node in self._held:
+                return self._held[node].detach().cpu()
+            if node not in known:
+                args: Any = fx.map_arg(node.args, value)
+                kwargs: Any = fx.map_arg(node.kwargs, value)
+                function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+                known[node] = function(*args, **kwargs)
+            return known[node]
 
         with torch.no_grad():
-            made: Tensor = value(node)
+            made = value(root)
+        assert isinstance(made, Tensor)
         return made
 
     def _sources(self, node: fx.Node) -> tuple[str, ...]:

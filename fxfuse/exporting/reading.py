@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfuse.errors import ExportError
-from fxfuse.export.stream import Planned
-from fxfuse.export.weights import Expressions
+from fxfuse.exporting.stream import Planned
+from fxfuse.exporting.weights import Expressions
 from fxfuse.ffn.affine import Factor, normed
 from fxfuse.ffn.projection import Projection, projection
 from fxfuse.ffn.rms import rms

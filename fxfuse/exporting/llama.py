@@ -1,4 +1,4 @@
-"""Whether a planned model is Llama-shaped, and if so its :class:`~fxfuse.export.layout.Layout`.
+"""Whether a planned model is Llama-shaped, and if so its :class:`~fxfuse.exporting.layout.Layout`.
 
 Told from the graph alone. What the graph of a short call does not tell (rotary angles far out, attention windows) is
 in the model's config, and for the formats to look at.
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfuse.errors import ExportError
-from fxfuse.export.attention import attention_of, linear_of
-from fxfuse.export.layout import Attention, Block, GatedFFN, Layout, LinearAttention
-from fxfuse.export.reading import norm_of, one_number
-from fxfuse.export.stream import Planned
-from fxfuse.export.weights import Expressions, Weight, added, filled, stacked
+from fxfuse.exporting.attention import attention_of, linear_of
+from fxfuse.exporting.layout import Attention, Block, GatedFFN, Layout, LinearAttention
+from fxfuse.exporting.reading import norm_of, one_number
+from fxfuse.exporting.stream import Planned
+from fxfuse.exporting.weights import Expressions, Weight, added, filled, stacked
 from fxfuse.ffn.activation import Activation, activation_of
 from fxfuse.ffn.affine import unfoldable
 from fxfuse.ffn.anatomy import FFN

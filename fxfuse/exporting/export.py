@@ -17,7 +17,9 @@ from fxfuse.model import healed
 from fxfuse.plan import Plan, edits_of
 
 FORMATS: Mapping[str, str] = {
+    "gguf": "fxfuse.exporting.gguf",
     "nemotron-nas": "fxfuse.exporting.nemotron_nas",
+    "pt2": "fxfuse.exporting.pt2",
     "transformers": "fxfuse.exporting.transformers",
 }
 """The modules of the formats. Each has ``prepare(request) -> write``, and ``write(folder)`` writes all but companions.

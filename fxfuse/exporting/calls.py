@@ -93,11 +93,11 @@ def _site(unit: Unit, calls: Sequence[_Call]) -> Site:
         raise ExportError(f"{unit.path!r} is called {len(own)} times in one call of the model, and not once")
     made = own[0]
     output, picks, returns = _contribution(made.output, unit.path)
-    given = [*enumerate(made.args), *made.kwargs.items()]
+    given: list[tuple[int | str, Any]] = [*enumerate(made.args), *made.kwargs.items()]
     takes = next((key for key, value in given if isinstance(value, Tensor) and value.shape == output.shape), None)
     if takes is None:
         raise ExportError(f"{unit.path!r} is given nothing of the shape that it returns")
-    hidden = made.args[takes] if isinstance(takes, int) else made.kwargs[takes]
+    hidden: Tensor | None = made.args[takes] if isinstance(takes, int) else made.kwargs[takes]
     around = [each for each in calls if not _within(each.path, unit.path) and not _within(unit.path, each.path)]
     before, after = list[str](), list[str]()
     while (earlier := _outermost([c for c in around if _is(c.output, hidden) and c.path not in before])) is not None:

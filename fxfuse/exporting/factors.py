@@ -57,9 +57,7 @@ def _factor(unit: Unit, output: Tensor, values: Mapping[fx.Node, Tensor]) -> flo
     for number in _candidates(terms):
         if torch.allclose(total, number * _flat(output), rtol=1e-2, atol=1e-3 * float(total.abs().max())):
             return number
-    raise ExportError(
-        f"what {unit.path!r} returns is not what the stream gets: something else is done to it in the layer"
-    )
+    raise ExportError(f"what {unit.path!r} returns is not what the stream gets: the layer does something else to it")
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from fxfuse.exporting import copied
 from fxfuse.exporting.blocks import PlannedLayer, planned_layers
 from fxfuse.exporting.calls import sites_of
 from fxfuse.exporting.check import check_folder
+from fxfuse.exporting.code import base_of, class_of, code_of, model_type_of
 from fxfuse.exporting.copied import planned_edit
 from fxfuse.exporting.factors import factors_of
 from fxfuse.exporting.request import Request
@@ -43,7 +44,7 @@ def prepare(request: Request) -> Callable[[Path], None]:
     """
     request.no_options("transformers")
     model = request.model
-    base = _base_of(model)
+    base = base_of(model)
     planned = request.planned()
     path = _layers_of(model, planned)
     sums = units_of(planned, path)
@@ -61,7 +62,7 @@ def prepare(request: Request) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         shutil.copyfile(Path(copied.__path__[0]) / "planned_edit.py", folder / "planned_edit.py")
-        for name, text in _code(model).items():
+        for name, text in code_of(model).items():
             (folder / name).write_text(text)
         total = sum(weight.size for weight in weights.values())
         with bar("writing weights", "bytes", total, request.progress) as done:
@@ -69,21 +70,9 @@ def prepare(request: Request) -> Callable[[Path], None]:
         (folder / PER_LAYER).write_text(json.dumps(_per_layer(trees, count), indent=2) + "\n")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if request.check:
-            check_folder(folder, _class_of(model), planned, request)
+            check_folder(folder, class_of(model), planned, request)
 
     return write
-
-
-def _base_of(model: nn.Module) -> str:
-    """The path of the base model, without head."""
-    base = getattr(model, "base_model_prefix", "")
-    inner = getattr(model, base, None) if base else None
-    if not isinstance(inner, nn.Module) or not type(model).__module__.startswith("transformers."):
-        raise ExportError(
-            f"{type(model).__name__} is no causal language model of transformers with a base model: this format writes "
-            "its class down by name"
-        )
-    return str(base)
 
 
 def _layers_of(model: nn.Module, planned: Planned) -> str:
@@ -137,7 +126,7 @@ def _config(model: nn.Module, own: Mapping[str, object], data: Mapping[str, obje
     for name in ("_name_or_path", "fxfuse", "quantization_config"):
         held.pop(name, None)
     held["architectures"] = ["PlannedForCausalLM"]
-    held["model_type"] = f"planned_{given.model_type}"
+    held["model_type"] = model_type_of(model)
     held["auto_map"] = {
         "AutoConfig": "configuration_planned.PlannedConfig",
         "AutoModel": "modeling_planned.PlannedModel",
@@ -148,20 +137,6 @@ def _config(model: nn.Module, own: Mapping[str, object], data: Mapping[str, obje
     held["planned"] = data
     made: dict[str, object] = json.loads(json.dumps(held))
     return made
-
-
-def _config_class(model: nn.Module) -> Any:
-    """The class of the config as the folder's code has it."""
-    given: Any = type(model.config)
-    return type("PlannedConfig", (given,), {"model_type": f"planned_{given.model_type}", "__module__": __name__})
-
-
-def _class_of(model: nn.Module) -> Any:
-    """The class of the model as the folder's code has it."""
-    bases = (planned_edit.EditedForCausalLM, type(model))
-    return type(
-        "PlannedForCausalLM", bases, {"config_class": _config_class(model), "__module__": type(model).__module__}
-    )
 
 
 def _weights(model: nn.Module, config: Mapping[str, object], trees: Trees) -> dict[str, Weight]:
@@ -215,36 +190,3 @@ def _per_layer(trees: Trees, count: int) -> dict[str, object]:
         for name in group[1:]:
             skip(name, "mlp")
     return {str(number): made[number] for number in sorted(made)}
-
-
-def _code(model: nn.Module) -> dict[str, str]:
-    """The folder's own modelling files."""
-    kind, given = type(model), type(model.config)
-    base = type(getattr(model, _base_of(model)))
-    return {
-        "configuration_planned.py": f'''"""Configuration of a {given.__name__.removesuffix("Config")} under a plan. Written by fxfuse."""
-
-from {given.__module__} import {given.__name__}
-
-
-class PlannedConfig({given.__name__}):
-    """The original's configuration; ``planned`` says how its modules are edited."""
-
-    model_type = "planned_{given.model_type}"
-''',
-        "modeling_planned.py": f'''"""A {kind.__name__} under a plan. Written by fxfuse."""
-
-from {kind.__module__} import {kind.__name__}, {base.__name__}
-
-from .configuration_planned import PlannedConfig
-from .planned_edit import EditedForCausalLM, EditedModel
-
-
-class PlannedModel(EditedModel, {base.__name__}):
-    config_class = PlannedConfig
-
-
-class PlannedForCausalLM(EditedForCausalLM, {kind.__name__}):
-    config_class = PlannedConfig
-''',
-    }

@@ -1,4 +1,4 @@
-"""The data by which a model of transformers is edited when it is built (:mod:`fxfuse.exporting.copied.planned_edit`)."""
+"""The data by which a model of transformers is edited when it is built: :mod:`fxfuse.exporting.copied.planned_edit`."""
 
 from __future__ import annotations
 

@@ -19,15 +19,17 @@ The data (``config.planned``) is what the planned model consists of::
             scale: what the layer multiplies with what the slot returns
             tree: what is computed, or None for nothing
 
-A tree is ``{"chain": trees, "scale": number}``, one after the other on a copy of the stream of its own; ``{"sum": trees}``, side by
-side; or a branch: ``before``, ``core``, ``after`` (paths of modules in the base model), ``scale``, ``cache``, and how
-the core is called (``takes``, ``all``, ``picks``). Of a ``wide`` FFN the core is new, and of a ``linear`` map.
+A tree is ``{"chain": trees, "scale": number}``, one after the other on a copy of the stream of their own; ``{"sum":
+trees}``, side by side; or a branch: ``before``, ``core``, ``after`` (paths of modules in the base model), ``scale``,
+``cache``, and how the core is called (``takes``, ``all``, ``picks``). Of a ``wide`` FFN the core is new, and of a
+``linear`` map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +55,9 @@ class Chain(nn.ModuleList):
         self.scale = scale
 
     def forward(self, stream: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        total = self[0](stream, args, kwargs)
-        for tree in self[1:]:
+        trees = list(self)
+        total: Tensor = trees[0](stream, args, kwargs)
+        for tree in trees[1:]:
             grown = total if self.scale == 1.0 else self.scale * total
             total = total + tree(stream + grown, args, kwargs)
         return total
@@ -64,8 +67,9 @@ class Sum(nn.ModuleList):
     """Trees side by side: all read the same stream."""
 
     def forward(self, stream: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        total = self[0](stream, args, kwargs)
-        for tree in self[1:]:
+        trees = list(self)
+        total: Tensor = trees[0](stream, args, kwargs)
+        for tree in trees[1:]:
             total = total + tree(stream, args, kwargs)
         return total
 
@@ -83,9 +87,9 @@ class Branch(nn.Module):
 
     def __init__(
         self,
-        before: list[nn.Module],
+        before: Sequence[nn.Module],
         core: nn.Module,
-        after: list[nn.Module],
+        after: Sequence[nn.Module],
         takes: int | str = 0,
         all: bool = False,
         picks: int | None = None,
@@ -98,6 +102,7 @@ class Branch(nn.Module):
     def forward(self, stream: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         for module in self.before:
             stream = module(stream)
+        made: Any
         if not self.all:
             made = self.core(stream)
         elif isinstance(self.takes, str):
@@ -107,7 +112,8 @@ class Branch(nn.Module):
         made = made if self.picks is None else made[self.picks]
         for module in self.after:
             made = module(made)
-        return made if self.scale == 1.0 else made * self.scale
+        contribution: Tensor = made if self.scale == 1.0 else made * self.scale
+        return contribution
 
 
 class Slot(nn.Module):
@@ -142,20 +148,21 @@ class BareNorm(nn.Module):
         return (hidden_states * torch.rsqrt(variance + self.eps)).to(given)
 
 
-ACTIVATIONS = {
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-}
-
-
 class SquaredReLU(nn.Module):
     """The square of a ReLU."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return F.relu(hidden_states).square()
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "relu2": SquaredReLU,
+    "sigmoid": nn.Sigmoid,
+}
 
 
 class GatedFFN(nn.Module):
@@ -166,10 +173,11 @@ class GatedFFN(nn.Module):
         self.gate_proj = nn.Linear(width, hidden, bias=biases["gate"])
         self.up_proj = nn.Linear(width, hidden, bias=biases["up"])
         self.down_proj = nn.Linear(hidden, width, bias=biases["down"])
-        self.act_fn = _activation(activation)
+        self.act_fn = ACTIVATIONS[activation]()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        made: Tensor = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return made
 
 
 class PlainFFN(nn.Module):
@@ -179,21 +187,18 @@ class PlainFFN(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(width, hidden, bias=biases["gate"])
         self.down_proj = nn.Linear(hidden, width, bias=biases["down"])
-        self.act_fn = _activation(activation)
+        self.act_fn = ACTIVATIONS[activation]()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-def _activation(name: str) -> nn.Module:
-    return SquaredReLU() if name == "relu2" else ACTIVATIONS[name]()
+        made: Tensor = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return made
 
 
 def edit(base: nn.Module, planned: Mapping[str, Any]) -> None:
     """Edit the modules of ``base``, built by its own class, in place."""
     modules = dict(base.named_modules())  # as they are before any edit: names mean the original's modules
-    layers = base.get_submodule(planned["layers"])
-    made = [_layer(block, list(layers), modules) for block in planned["blocks"]]
+    layers = list(base.get_submodule(planned["layers"]).children())
+    made = [_layer(block, layers, modules) for block in planned["blocks"]]
     path, _, name = planned["layers"].rpartition(".")
     setattr(base.get_submodule(path), name, nn.ModuleList(made))
 
@@ -201,7 +206,7 @@ def edit(base: nn.Module, planned: Mapping[str, Any]) -> None:
 def _layer(block: Mapping[str, Any], layers: list[nn.Module], modules: Mapping[str, nn.Module]) -> nn.Module:
     if block["layer"] is None:
         return Nothing()
-    layer = layers[block["layer"]]
+    layer: nn.Module = layers[block["layer"]]
     if "slots" not in block:
         _number(layer, block["cache"])
         return layer
@@ -229,12 +234,12 @@ def _tree(tree: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> nn.Modul
         wide = tree["wide"]
         kind = GatedFFN if wide["gated"] else PlainFFN
         core: nn.Module = kind(wide["width"], wide["hidden"], wide["activation"], wide["biases"])
-        core.key = wide["key"]  # type: ignore[assignment]  # torch types the attributes of modules as tensors
+        core.key = wide["key"]
         norm = [] if wide["norm"] is None else [BareNorm(wide["norm"], wide["eps"])]
         return Branch(norm, core, around[1], **call)
     if "linear" in tree:
         core = nn.Linear(tree["linear"]["width"], tree["linear"]["width"], bias=tree["linear"]["bias"])
-        core.key = tree["linear"]["key"]  # type: ignore[assignment]
+        core.key = tree["linear"]["key"]
         return Branch(around[0], core, around[1], **call)
     core = modules[tree["core"]]
     if tree.get("cache") is not None:
@@ -246,7 +251,7 @@ def _number(module: nn.Module, number: int) -> None:
     """Let the attention in ``module`` use layer ``number`` of the cache."""
     for part in module.modules():
         if isinstance(getattr(part, "layer_idx", None), int):
-            part.layer_idx = number  # type: ignore[assignment]
+            setattr(part, "layer_idx", number)  # noqa: B010  # torch types the attributes of modules as tensors
 
 
 def _put(module: nn.Module, path: str, part: nn.Module) -> None:
@@ -267,16 +272,16 @@ def as_original(config: Any) -> Iterator[None]:
             setattr(config, name, value)
 
 
-class EditedModel:
+class EditedModel(nn.Module):
     """Before the class of a base model: builds that, then edits it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         with as_original(config):
             super().__init__(config, *args, **kwargs)
-        edit(self, config.planned)  # type: ignore[arg-type]  # it is a module by the class that comes after
+        edit(self, config.planned)
 
 
-class EditedForCausalLM:
+class EditedForCausalLM(nn.Module):
     """Before the class of a causal language model: builds that, then edits its base model."""
 
     base_model: nn.Module

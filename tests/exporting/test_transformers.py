@@ -29,7 +29,7 @@ def block(layer: int) -> list[str]:
 
 FUSED: dict[str, Any] = {"drop": attn(2, 3), "parallel": [mlp(1, 2, 3)]}
 PAIRS: dict[str, Any] = {"parallel": [attn(1, 2), mlp(1, 2)]}
-BLOCKS: dict[str, Any] = {"parallel": [[block(1), block(2)], mlp(3, 4)]}
+BLOCKS: dict[str, Any] = {"parallel": [mlp(0, 1), [block(2), block(3)]]}
 ENDS: dict[str, Any] = {"drop": [*attn(0, 1, 5), *mlp(2)]}
 
 

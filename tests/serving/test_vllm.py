@@ -21,7 +21,7 @@ def prompts(smollm2: Callable[[torch.dtype], Loaded]) -> list[list[int]]:
     """32 beginnings of 8 to 39 tokens, from all over a text."""
     tokenizer = smollm2(torch.float32).tokenizer
     assert tokenizer is not None
-    ids = tokenizer.encode("".join(python_documentation("evaluate"))[:40_000])
+    ids = tokenizer.encode(python_documentation("hold out")[:40_000])
     return [ids[97 * index : 97 * index + 8 + index] for index in range(32)]
 
 

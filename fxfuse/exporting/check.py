@@ -26,7 +26,10 @@ def check_folder(folder: Path, kind: Any, planned: Planned, request: Request) ->
         ExportError: weights are missing or are not used, or logits differ by more than rounding.
     """
     dtype = next(weight.dtype for weight in request.model.parameters() if weight.is_floating_point())
-    made, told = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    config: Any = request.model.config
+    chosen = {key: getattr(config, f"_{key}", None) for key in ("attn_implementation", "experts_implementation")}
+    ways = {key: way for key, way in chosen.items() if isinstance(way, str)}  # kernels that round as the model's do
+    made, told = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **ways)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if told.get(what):
             raise ExportError(f"of what was written, {what} when it is loaded: {sorted(map(str, told[what]))[:3]}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import fx
 
@@ -17,15 +16,13 @@ from fxfuse.exporting.attention import attention_of, linear_of
 from fxfuse.exporting.layout import Attention, Block, GatedFFN, Layout, LinearAttention
 from fxfuse.exporting.reading import norm_of, one_number
 from fxfuse.exporting.stream import Planned
-from fxfuse.exporting.weights import Expressions, Weight, added, filled, stacked
-from fxfuse.ffn.activation import Activation, activation_of
+from fxfuse.exporting.weights import Expressions, Weight, filled
+from fxfuse.exporting.wide import Part, joined, part_of
 from fxfuse.ffn.affine import unfoldable
-from fxfuse.ffn.anatomy import FFN
-from fxfuse.ffn.projection import Projection, projection
+from fxfuse.ffn.projection import projection
 from fxfuse.graph.ops import op
 from fxfuse.graph.peel import PASSED, Change, layers
 from fxfuse.graph.values import dtype
-from fxfuse.packing.expressions import ONE
 from fxfuse.plan import Member
 from fxfuse.stream.branch import Branch
 
@@ -37,15 +34,6 @@ def llama_layout(planned: Planned) -> Layout:
         ExportError: it is not Llama-shaped; the message says where, and why.
     """
     return _Reader(planned).layout()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """An FFN of a group, and the function of its hidden units."""
-
-    branch: Branch
-    ffn: FFN
-    activation: Activation
 
 
 class _Reader:
@@ -101,59 +89,40 @@ class _Reader:
         together = "stand side by side" if len(branches) > 1 else "is there"
         raise ExportError(f"{names} {together}, and a layer of a Llama is one attention, then one gated FFN")
 
-    def _part(self, branch: Branch) -> _Part:
-        if branch.ffn is None:
-            raise ExportError(f"{branch.name!r} is no FFN of a Llama: {branch.reason}")
-        activation = activation_of(branch.ffn)
-        if activation is None or activation.up is None:
-            raise ExportError(f"{branch.name!r} has hidden units that are not activation(gate) * up")
-        return _Part(branch, branch.ffn, activation)
+    def _part(self, branch: Branch) -> Part:
+        part = part_of(branch)
+        if isinstance(part, str):
+            raise ExportError(f"{branch.name!r} is no FFN of a Llama: {part}")
+        return part
 
-    def _ffn(self, parts: Sequence[_Part]) -> GatedFFN:
+    def _ffn(self, parts: Sequence[Part]) -> GatedFFN:
         """FFNs of one point as one. A single one keeps its norm; of several, gains go into gate and up."""
-        planned, write = self._planned, self._write
         first, alone = parts[0], len(parts) == 1
-        names = tuple(part.branch.name for part in parts)
+        names, width = tuple(part.branch.name for part in parts), first.ffn.down.width
         if len({part.activation.name for part in parts}) > 1:
             raise ExportError(f"{' and '.join(names)} have different activations, so they are not one FFN")
         for part in parts:
-            affine = part.ffn.normed
-            norm = norm_of(affine.output, first.ffn.down.width, part.branch.read, planned, repr(part.branch.name))
-            self._note(norm.eps, part.branch.name)
+            affine, name = part.ffn.normed, part.branch.name
+            norm = norm_of(affine.output, width, part.branch.read, self._planned, repr(name))
+            self._note(norm.eps, name)
             if not alone and (rounding := unfoldable(affine)):
-                raise ExportError(f"{part.branch.name!r} cannot be a part of a wide FFN: {rounding}")
-        factors = [ONE if alone else part.ffn.normed.factor for part in parts]
-        downs = [self._down(part) for part in parts]
-        given, width = downs[0][0].dtype, first.ffn.down.width
-        gain = write.gain(first.ffn.normed.factor, width, given) if alone else filled(1.0, (width,), given)
-
-        def rows(which: Sequence[Projection]) -> Weight:
-            return stacked([write.rows(each, factor) for each, factor in zip(which, factors, strict=True)])
-
-        gates = [part.activation.gate for part in parts]
-        ups = [part.activation.up for part in parts if part.activation.up is not None]
-        held = [bias for _, bias in downs if bias is not None]
+                raise ExportError(f"{name!r} cannot be a part of a wide FFN: {rounding}")
+        wide = joined(parts, self._write, fold=not alone)
+        if wide.up is None:
+            raise ExportError(f"{names[0]!r} has hidden units that are not activation(gate) * up")
+        given = wide.down.dtype
+        gain = self._write.gain(first.ffn.normed.factor, width, given) if alone else filled(1.0, (width,), given)
         return GatedFFN(
-            names, first.activation.name, gain, rows(gates), rows(ups), stacked([down for down, _ in downs], 1),
-            self._biases(gates), self._biases(ups), added(held) if held else None,
-        )  # fmt: skip
-
-    def _down(self, part: _Part) -> tuple[Weight, Weight | None]:
-        ffn, scale = part.ffn, part.branch.scale
-        if scale.nodes:
-            raise ExportError(f"{part.branch.name!r} is multiplied with a symbolic number: trace without dynamic=True")
-        bias = self._write.bias(ffn.down, (), ffn.gains)
-        down = self._write.rows(ffn.down, ONE, ffn.gains).times(scale.number)
-        return down, None if bias is None else bias.times(scale.number)
-
-    def _biases(self, projections: Sequence[Projection]) -> Weight | None:
-        """Their biases end to end, zeros for those who have none; None if nobody has one."""
-        made = [self._write.bias(each) for each in projections]
-        like = next((bias for bias in made if bias is not None), None)
-        if like is None:
-            return None
-        pairs = zip(made, projections, strict=True)
-        return stacked([filled(0.0, (own.width,), like.dtype) if bias is None else bias for bias, own in pairs])
+            names,
+            first.activation.name,
+            gain,
+            wide.gate,
+            wide.up,
+            wide.down,
+            wide.gate_bias,
+            wide.up_bias,
+            wide.down_bias,
+        )
 
     def _embedding(self) -> Weight:
         node, number = self._planned.stream.points[0], 1.0

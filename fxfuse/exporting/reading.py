@@ -14,8 +14,10 @@ from fxfuse.ffn.projection import Projection, projection
 from fxfuse.ffn.rms import rms
 from fxfuse.graph.ops import op
 from fxfuse.graph.peel import PASSED, Change, layers, peel
-from fxfuse.graph.values import dtype
+from fxfuse.graph.values import dtype, sizes_only
+from fxfuse.passes.linear import Facts, fitting_ends
 from fxfuse.stream.branch import Branch
+from fxfuse.stream.ends import last_products
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,23 @@ def contribution_of(branch: Branch, planned: Planned) -> Contribution:
             "post-norm), say, which Llama's formats cannot express; the format 'transformers' can"
         )
     return Contribution(output, tuple(gains), number)
+
+
+def linear_map_of(branch: Branch, planned: Planned) -> Projection:
+    """The one linear map that an attention becomes, or is already: its output projection, square.
+
+    Raises:
+        PlanError: the projection reads another number of features than the attention.
+        ExportError: it cannot be told.
+    """
+    if branch.kind != "linear":
+        facts = Facts(planned.weights, sizes_only(planned.gm.graph))
+        return fitting_ends(branch, planned.stream, facts).output
+    last = last_products(branch.terms[0].node, branch.nodes)
+    output = projection(last[0], planned.weights) if len(last) == 1 else None
+    if output is None or output.rows is not None:
+        raise ExportError(f"{branch.name!r} is no linear map that is one projection")
+    return output
 
 
 @dataclass(frozen=True)

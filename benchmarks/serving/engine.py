@@ -1,0 +1,57 @@
+"""A model in an engine, in a process of its own, run by that engine's Python."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+WORKERS = {"vllm": Path(__file__).with_name("vllm_worker.py")}
+
+
+class Engine:
+    """Answers requests; the process sleeps in between."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self._process, self._log = process, log
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """The tokens that follow each prompt, chosen greedily."""
+        assert self._process.stdin is not None
+        print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self._process.stdin, flush=True)
+        made: list[list[int]] = self.answer()["tokens"]
+        return made
+
+    def answer(self) -> dict[str, list[list[int]]]:
+        """The next line of the process."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine has ended:\n{self._log.read_text()[-3000:]}")
+        answer: dict[str, list[list[int]]] = json.loads(line)
+        return answer
+
+
+@contextmanager
+def engine(name: str, python: str, arguments: Sequence[str], log: Path) -> Iterator[Engine]:
+    """Start an engine with a model, and wait until it can answer.
+
+    Args:
+        name: of the engine.
+        python: the Python that has it.
+        arguments: of its worker: the folder, and what else it takes.
+        log: gets what it prints.
+    """
+    command = [python or sys.executable, str(WORKERS[name]), *arguments]
+    with log.open("w") as told, subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True
+    ) as process:  # fmt: skip
+        try:
+            made = Engine(process, log)
+            made.answer()
+            yield made
+        finally:
+            process.kill()

@@ -1,0 +1,48 @@
+"""One model in vLLM: reads requests from stdin, a line of JSON each, and answers them on stdout.
+
+    VLLM_PYTHON benchmarks/serving/vllm_worker.py FOLDER IMPLEMENTATION [compiled]
+
+Run by the Python that has vLLM, which need not have fxfuse. A request has ``prompts`` (lists of tokens) and ``tokens``,
+how many to generate for each; the answer has those tokens, chosen greedily. Prefixes are not cached, so that a prompt
+that is asked twice is read twice.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # all in this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM prints, too
+    folder, implementation, *rest = sys.argv[1:]
+    from vllm import LLM, SamplingParams
+
+    model = LLM(
+        folder,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=32,
+        enforce_eager="compiled" not in rest,
+        trust_remote_code=True,
+        model_impl=implementation,
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+        how = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
+        made = model.generate(prompts, how, use_tqdm=False)
+        told = {"tokens": [list(each.outputs[0].token_ids) for each in made]}
+        print(json.dumps(told), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

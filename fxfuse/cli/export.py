@@ -22,13 +22,17 @@ def export(
         str,
         typer.Option(
             help="transformers: any model of Hugging Face, with a modelling file of its own; nemotron-nas: what is "
-            "Llama-shaped, which vLLM serves natively"
+            "Llama-shaped, which vLLM serves natively; gguf: the same for llama.cpp; pt2: any model, compiled for this kind "
+            "of machine, for torch alone, from Python and C++"
         ),
     ] = "transformers",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in the folder")] = False,
     check: Annotated[
         bool, typer.Option(help="load what was written and compare its logits before the folder appears")
     ] = True,
+    type: Annotated[
+        str | None, typer.Option(help="gguf: the type of matrices, f32, f16, bf16 or q8_0; by default the model's own")
+    ] = None,
     dtype: CastTo = None,
 ) -> None:
     """Write a model under a plan to a folder that others load, without fxfuse.
@@ -39,15 +43,28 @@ def export(
     [bold]Examples[/bold]
       fxfuse export smollm2 --plan plan.json --format nemotron-nas -o exported
       fxfuse export ./healed -o exported
+      fxfuse export smollm2 --plan plan.json --format gguf --type q8_0 -o exported
     """
     import fxfuse
+    from fxfuse.data.loading import gguf_of
     from fxfuse.errors import ExportError
 
     loaded = load_with_tokenizer(model, dtype)
     chosen = plan_for(loaded, read_plan(plan))
     if chosen is None:
         raise ExportError(f"{model} was healed for no plan: give one with --plan")
+    options: dict[str, object] = {} if type is None else {"type": type}
+    if format == "gguf" and (source := gguf_of(model)) is not None:
+        options["vocabulary"] = source  # transformers, which read it, keeps less of it than the file has
     fxfuse.export(
-        loaded.model, chosen, output, format, loaded.tokenizer, overwrite=overwrite, check=check, progress=True
+        loaded.model,
+        chosen,
+        output,
+        format,
+        loaded.tokenizer,
+        overwrite=overwrite,
+        check=check,
+        progress=True,
+        **options,
     )
     typer.echo(f"written to {output}, with its plan")

@@ -53,13 +53,15 @@ def export(
         plan: the plan, or the path of one.
         folder: a new folder, or an empty one.
         format: "transformers" for any architecture, with a modelling file of its own; "nemotron-nas" for what is
-            Llama-shaped, which engines serve natively.
+            Llama-shaped, which engines serve natively; "gguf" for what is Llama-shaped, in llama.cpp; "pt2" for any
+            architecture, compiled for this kind of machine, which torch runs from Python and C++.
         tokenizer: a Hugging Face tokenizer, whose files and chat template are written, too.
         example: the arguments of one call; by default a few tokens.
         overwrite: replace what is in ``folder``.
         check: load what was written and compare its logits with the planned model's, before the folder appears.
         progress: show how much is written.
-        options: what only this format knows.
+        options: what only this format knows. Of "gguf": ``type`` of matrices, "f32", "f16", "bf16" or "q8_0", by
+            default the model's; ``vocabulary``, a GGUF file to take it from instead of from the tokenizer.
 
     Returns:
         the folder.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -61,3 +62,17 @@ def test_a_folder_that_is_there_is_replaced_only_if_asked_to(folder: Path) -> No
     assert (folder / "out" / "mine").exists()
     assert run(folder, "--plan", str(folder / "plan.json"), "--overwrite", "--no-check") == 0
     assert not (folder / "out" / "mine").exists()
+
+
+def test_gguf_takes_the_type_of_matrices(tmp_path: Path) -> None:
+    llama(3, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    split = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    split.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=split).save_pretrained(tmp_path / "model")
+    Plan(drop=DROP, parallel=PARALLEL).save(tmp_path / "plan.json")
+
+    assert run(tmp_path, "--plan", str(tmp_path / "plan.json"), "--format", "gguf", "--type", "q8_0") == 0
+
+    kinds = {each.name: each.tensor_type.name for each in GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_norm.weight"] == "F32"

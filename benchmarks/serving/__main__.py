@@ -1,10 +1,12 @@
-"""Claim: vLLM serves SmolLM2-135M under a plan faster than as it is: first token, and each token after it.
+"""Claim: engines serve SmolLM2-135M under a plan faster than as it is: first token, and each token after it.
 
     python -m benchmarks.serving --python VLLM_PYTHON [--plans fused pairs blocks] [--compiled] [--json FILE]
+    python -m benchmarks.serving --llama-python LLAMA_PYTHON --kinds f32 q8_0 --batches 1
 
 Each model runs in an engine of its own, in a process of its own, and they take turns; the original runs twice. Its
 attention and FFNs are computed by vLLM's own code ("native") or by that of transformers ("transformers"), and so are
-those of its exports: a model is compared with the original of the same kind.
+those of its exports: a model is compared with the original of the same kind. "f32" and "q8_0" are GGUF files in
+llama.cpp, matrices of these types; there prompts of a batch are read one after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import fxfuse
 from benchmarks.serving.engine import Engine, engine
 from fxfuse.bench.timing import Machine, Samples, interleave
-from fxfuse.data.loading import Loaded, load
+from fxfuse.data.loading import Loaded, load, smollm2_path
 
 ORIGINAL, AGAIN = "original", "original again"
 
@@ -49,11 +51,20 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model in the engine: a folder, and whose code computes it."""
+    """A model in the engine: a folder, and what else the engine's worker is told."""
 
     name: str
     folder: Path
-    implementation: str
+    arguments: tuple[str, ...]
+
+
+FORMS: Mapping[str, tuple[str, tuple[str, ...], Mapping[str, Any]]] = {
+    "native": ("nemotron-nas", ("auto",), {}),
+    "transformers": ("transformers", ("transformers",), {}),
+    "f32": ("gguf", (), {"type": "f32"}),
+    "q8_0": ("gguf", (), {"type": "q8_0"}),
+}
+"""Of each kind the format, arguments of the engine's worker, and options of the export."""
 
 
 def main() -> None:
@@ -61,7 +72,9 @@ def main() -> None:
     parser.add_argument("--python", default=os.environ.get("SERVING_PYTHON", ""), help="the Python that has vLLM")
     parser.add_argument("--plans", nargs="+", default=["fused"], choices=sorted(PLANS))
     parser.add_argument("--plan", type=Path, help="a plan of your own instead")
-    parser.add_argument("--kinds", nargs="+", default=["native", "transformers"], choices=["native", "transformers"])
+    parser.add_argument("--llama-python", default=os.environ.get("LLAMA_PYTHON", ""), help="the one with llama.cpp")
+    parser.add_argument("--kinds", nargs="+", default=["native", "transformers"], choices=sorted(FORMS))
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama.cpp")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256, help="tokens before the first")
     parser.add_argument("--tokens", type=int, default=16, help="tokens after the first")
@@ -85,19 +98,21 @@ def main() -> None:
 
 def contestants(loaded: Loaded, plans: dict[str, fxfuse.Plan], kind: str, scratch: Path) -> list[Contestant]:
     """The original twice, and its exports, as far as the format of this kind can say the plan."""
-    original = scratch / "original"
-    if not original.exists():
+    form, arguments, options = FORMS[kind]
+    if form == "gguf":
+        options = {**options, "vocabulary": smollm2_path()}
+        original = fxfuse.export(loaded.model, fxfuse.Plan(), scratch / f"original-{kind}", form, **options)
+    elif not (original := scratch / "original").exists():
         loaded.model.save_pretrained(original)  # type: ignore[operator]  # it is a model of Hugging Face
         loaded.tokenizer.save_pretrained(original)  # type: ignore[union-attr]
-    implementation, form = ("auto", "nemotron-nas") if kind == "native" else ("transformers", "transformers")
-    made = [Contestant(ORIGINAL, original, implementation), Contestant(AGAIN, original, implementation)]
+    made = [Contestant(ORIGINAL, original, arguments), Contestant(AGAIN, original, arguments)]
     for name, plan in plans.items():
         try:
-            folder = fxfuse.export(loaded.model, plan, scratch / f"{name}-{kind}", form, loaded.tokenizer)
+            folder = fxfuse.export(loaded.model, plan, scratch / f"{name}-{kind}", form, loaded.tokenizer, **options)
         except fxfuse.FxfuseError as error:
             print(f"{name} is not {kind}: {error}")
             continue
-        made.append(Contestant(name, folder, implementation))
+        made.append(Contestant(name, folder, arguments))
     return made
 
 
@@ -107,9 +122,13 @@ def measured(models: list[Contestant], kind: str, given: argparse.Namespace, scr
     with ExitStack() as stack:
         engines: dict[str, Engine] = {}
         for model in models:
-            arguments = [str(model.folder), model.implementation, *["compiled"] * given.compiled]
             log = scratch / f"{model.name}-{kind}.log"
-            engines[model.name] = stack.enter_context(engine("vllm", given.python, arguments, log))
+            arguments = [str(model.folder), *model.arguments]
+            if FORMS[kind][0] == "gguf":
+                started = engine("llama.cpp", given.llama_python, [*arguments, str(given.threads)], log)
+            else:
+                started = engine("vllm", given.python, [*arguments, *["compiled"] * given.compiled], log)
+            engines[model.name] = stack.enter_context(started)
         for batch in given.batches:
             prompts = [[(7 * row + 3 * place) % 40_000 + 100 for place in range(given.prompt)] for row in range(batch)]
             first, whole = (taken(engines, prompts, count, given.rounds) for count in (1, given.tokens + 1))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-WORKERS = {"vllm": Path(__file__).with_name("vllm_worker.py")}
+WORKERS = {
+    "vllm": Path(__file__).with_name("vllm_worker.py"),
+    "llama.cpp": Path(__file__).with_name("llama_cpp_worker.py"),
+}
 
 
 class Engine:
@@ -20,10 +23,16 @@ class Engine:
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """The tokens that follow each prompt, chosen greedily."""
+        return self._ask({"prompts": prompts, "tokens": tokens})["tokens"]
+
+    def write_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
+        """Write to a .npy file the logits after each token of the prompts. llama.cpp alone can."""
+        self._ask({"prompts": prompts, "logits": str(path)})
+
+    def _ask(self, request: Mapping[str, object]) -> dict[str, list[list[int]]]:
         assert self._process.stdin is not None
-        print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self._process.stdin, flush=True)
-        made: list[list[int]] = self.answer()["tokens"]
-        return made
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self.answer()
 
     def answer(self) -> dict[str, list[list[int]]]:
         """The next line of the process."""

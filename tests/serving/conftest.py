@@ -7,4 +7,7 @@ import os
 # The Python that has vLLM: engines want other versions of transformers than fxfuse is tested with.
 PYTHON = os.environ.get("SERVING_PYTHON", "")
 
-collect_ignore_glob = [] if PYTHON else ["test_vllm.py"]
+# The Python that has llama-cpp-py-sync.
+LLAMA_PYTHON = os.environ.get("LLAMA_PYTHON", "")
+
+collect_ignore_glob = ["test_vllm.py"] * (not PYTHON) + ["test_llama_cpp.py"] * (not LLAMA_PYTHON)

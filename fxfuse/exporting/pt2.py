@@ -135,7 +135,7 @@ def _modules(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _planned(call: CachedCall, plan: Plan, example: tuple[Tensor, Tensor, list[Tensor]]) -> fx.GraphModule:
     """One graph, edited and fused, with what it packs as weights of its own."""
-    ids, mask, caches = example
+    ids, _, caches = example
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     shapes = {"ids": sizes if ids.shape[1] > 1 else {0: Dim.DYNAMIC}, "mask": sizes, "caches": [sizes] * len(caches)}
     with _blaming("torch.export cannot trace a call of the model with a cache"):

@@ -301,6 +301,48 @@ MUTATIONS = (
         "if left < least:",
         ("tests/healing/test_heal.py", "-k", "one_kind"),
     ),
+    Mutation(
+        "export attentions under the numbers that they had",
+        "fxfuse/exporting/copied/planned_edit.py",
+        'setattr(part, "layer_idx", number)',
+        'setattr(part, "layer_idx", part.layer_idx)',
+        ("tests/exporting/test_transformers.py::test_there_is_a_layer_for_each_attention_and_caches_have_no_gaps",),
+    ),
+    Mutation(
+        "export a private sequence that reads the stream as it was",
+        "fxfuse/exporting/copied/planned_edit.py",
+        "tree(stream + grown, args, kwargs)",
+        "tree(stream, args, kwargs)",
+        ("tests/exporting/test_transformers.py::test_a_folder_computes_what_the_planned_model_does[llama-blocks]",),
+    ),
+    Mutation(
+        "export a sequence without what its layer multiplies with",
+        "fxfuse/exporting/trees.py",
+        'return made[0] if len(made) == 1 else {"chain": made, "scale": over}',
+        'return made[0] if len(made) == 1 else {"chain": made, "scale": 1.0}',
+        ("tests/exporting/test_transformers.py::test_a_folder_computes_what_the_planned_model_does[granite-ends]",),
+    ),
+    Mutation(
+        "export a wide FFN without the gains of its norms",
+        "fxfuse/exporting/wide.py",
+        "part.ffn.normed.factor if fold else ONE",
+        "ONE",
+        ("tests/exporting/test_nemotron_nas.py::test_a_folder_computes_what_the_planned_model_does[llama]",),
+    ),
+    Mutation(
+        "export scores of another scale than the model's",
+        "fxfuse/exporting/attention.py",
+        "write.rows(q.projection).times(turn),",
+        "write.rows(q.projection),",
+        ("tests/exporting/test_nemotron_nas.py::test_a_folder_computes_what_the_planned_model_does[granite]",),
+    ),
+    Mutation(
+        "let an export that failed stay",
+        "fxfuse/exporting/folder.py",
+        "    finally:\n        shutil.rmtree(partial, ignore_errors=True)\n",
+        "    finally:\n",
+        ("tests/exporting/test_folder.py",),
+    ),
 )
 
 

@@ -47,11 +47,11 @@ _WAYS = {"experts_implementation": "batched_mm"}
 """The default knows no float64, and the plainest one breaks graphs."""
 
 
-def tiny(family: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A model of the family."""
+def tiny(family: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
+    """A model of the family, with ``more`` entries of its config."""
     name, own = _FAMILIES[family]
     config = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
-    made = getattr(transformers, config)(**{**_SIZES, **own})
+    made = getattr(transformers, config)(**{**_SIZES, **own, **more})
     # Made in its dtype, as one that is loaded: what is no weight (the scale of Gemma's embedding) has that, too.
     model = transformers.AutoModelForCausalLM.from_config(made, dtype=dtype, **_WAYS).eval()
     redraw(model)

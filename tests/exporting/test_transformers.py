@@ -59,6 +59,20 @@ def test_a_linear_attention_is_one_map(tmp_path: Path) -> None:
     assert torch.equal(greedy(made), greedy(wanted))
 
 
+def test_a_map_that_was_healed_in_the_place_of_an_attention_is_exported(tmp_path: Path) -> None:
+    model = tiny("qwen3", head_dim=16)  # heads of 64 features in all, and a stream of 32: no projection fits
+    plan = fxfuse.Plan(linear=attn(2), parallel=[mlp(1, 2)])
+    fxfuse.apply(model, plan, inner="eager")
+    with torch.no_grad():
+        model.get_parameter("model.layers.2.self_attn.linear.weight").normal_(std=0.3)
+
+    folder = fxfuse.export(model, plan, tmp_path / "out")
+
+    made = loaded(folder)
+    assert difference(made, model) < 1e-8
+    assert torch.equal(greedy(made), greedy(model))
+
+
 def test_there_is_a_layer_for_each_attention_and_caches_have_no_gaps(tmp_path: Path) -> None:
     folder = fxfuse.export(tiny("llama"), fxfuse.Plan(drop=attn(1, 3)), tmp_path / "out", check=False)
 

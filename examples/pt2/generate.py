@@ -1,9 +1,9 @@
-"""Greedy text from a folder that ``fxfuse export --format pt2`` wrote: it needs torch, and neither fxfuse nor transformers.
+"""Greedy text from a folder that ``fxfuse export --format pt2`` wrote, with torch and neither fxfuse nor transformers.
 
     python generate.py FOLDER COUNT ID [ID ...] [/ ID ...]
 
-Prints the tokens that follow, a line for each prompt; prompts are separated by ``/``, and shorter ones are padded on the
-left.
+Prints the tokens that follow, a line for each prompt; prompts are separated by ``/``, and shorter ones are padded on
+the left.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,8 +22,8 @@ def export(
         str,
         typer.Option(
             help="transformers: any model of Hugging Face, with a modelling file of its own; nemotron-nas: what is "
-            "Llama-shaped, which vLLM serves natively; gguf: the same for llama.cpp; pt2: any model, compiled for this kind "
-            "of machine, for torch alone, from Python and C++"
+            "Llama-shaped, which vLLM serves natively; gguf: the same for llama.cpp; pt2: any model, compiled for this "
+            "kind of machine, which torch alone runs, from Python and C++"
         ),
     ] = "transformers",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in the folder")] = False,
@@ -53,7 +53,7 @@ def export(
     chosen = plan_for(loaded, read_plan(plan))
     if chosen is None:
         raise ExportError(f"{model} was healed for no plan: give one with --plan")
-    options: dict[str, object] = {} if type is None else {"type": type}
+    options: dict[str, Any] = {} if type is None else {"type": type}
     if format == "gguf" and (source := gguf_of(model)) is not None:
         options["vocabulary"] = source  # transformers, which read it, keeps less of it than the file has
     fxfuse.export(

@@ -131,8 +131,9 @@ def test_what_llama_cpp_cannot_say_is_refused_before_a_byte_is_written(
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"type": "q4_k"}, "q8_0"), ({"kind": "f16"}, "no option 'kind'"), ({"vocabulary": 1}, "path")]
-)  # fmt: skip
+    ("options", "reason"),
+    [({"type": "q4_k"}, "q8_0"), ({"kind": "f16"}, "no option 'kind'"), ({"vocabulary": 1}, "path")],
+)
 def test_options_are_checked(options: Mapping[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=reason):
         written("llama", PLAN, tmp_path / "out", **options)

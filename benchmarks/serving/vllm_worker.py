@@ -2,10 +2,9 @@
 
     VLLM_PYTHON benchmarks/serving/vllm_worker.py FOLDER IMPLEMENTATION [compiled]
 
-Run by :mod:`benchmarks.serving.engine`, with the environment that vLLM needs, and by the Python that has vLLM, which need
-not have fxfuse. A request has ``prompts`` (lists of tokens) and ``tokens``,
-how many to generate for each; the answer has those tokens, chosen greedily. Prefixes are not cached, so that a prompt
-that is asked twice is read twice.
+Run by :mod:`benchmarks.serving.engine`, with the environment that vLLM needs, and by the Python that has vLLM, which
+need not have fxfuse. A request has ``prompts`` (lists of tokens) and ``tokens``, how many to generate for each; the
+answer has those tokens, chosen greedily. Prefixes are not cached, so that a prompt that is asked twice is read twice.
 """
 
 import json

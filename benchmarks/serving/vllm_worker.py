@@ -28,6 +28,7 @@ def main() -> None:
         model_impl=implementation,
         enable_prefix_caching=False,
         seed=0,
+        gpu_memory_utilization=0.2,  # on CPUs, of the memory: several engines are there at once
     )
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,14 @@ WORKERS = {
     "vllm": Path(__file__).with_name("vllm_worker.py"),
     "llama.cpp": Path(__file__).with_name("llama_cpp_worker.py"),
 }
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # all in one process
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+"""What workers are started with."""
 
 
 class Engine:
@@ -56,7 +65,8 @@ def engine(name: str, python: str, arguments: Sequence[str], log: Path) -> Itera
     """
     command = [python or sys.executable, str(WORKERS[name]), *arguments]
     with log.open("w") as told, subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True,
+        env={**os.environ, **ENVIRONMENT},
     ) as process:  # fmt: skip
         try:
             made = Engine(process, log)

@@ -2,19 +2,14 @@
 
     VLLM_PYTHON benchmarks/serving/vllm_worker.py FOLDER IMPLEMENTATION [compiled]
 
-Run by the Python that has vLLM, which need not have fxfuse. A request has ``prompts`` (lists of tokens) and ``tokens``,
-how many to generate for each; the answer has those tokens, chosen greedily. Prefixes are not cached, so that a prompt
-that is asked twice is read twice.
+Run by :mod:`benchmarks.serving.engine`, with the environment that vLLM needs, and by the Python that has vLLM, which
+need not have fxfuse. A request has ``prompts`` (lists of tokens) and ``tokens``, how many to generate for each; the
+answer has those tokens, chosen greedily. Prefixes are not cached, so that a prompt that is asked twice is read twice.
 """
 
 import json
 import os
 import sys
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # all in this process
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def main() -> None:
@@ -33,6 +28,7 @@ def main() -> None:
         model_impl=implementation,
         enable_prefix_caching=False,
         seed=0,
+        gpu_memory_utilization=0.2,  # on CPUs, of the memory: several engines are there at once
     )
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:

@@ -54,8 +54,7 @@ def prepare(request: Request) -> Callable[[Path], None]:
     layers = planned_layers(points, sums, sites, planned.plan.linear)
     trees = Trees(planned, units, sites, factors_of(planned, sums, sites), f"{base}.")
     blocks = trees.blocks(layers)
-    count = len(_list(model, path))
-    original, own = _attributes(model, count, layers)
+    original, own = _attributes(model, path, layers)
     data = {"layers": path.removeprefix(f"{base}."), "original": original, "blocks": blocks}
     config = _config(model, own, data)
     weights = _weights(model, config, trees)
@@ -67,7 +66,7 @@ def prepare(request: Request) -> Callable[[Path], None]:
         total = sum(weight.size for weight in weights.values())
         with bar("writing weights", "bytes", total, request.progress) as done:
             write_weights(folder, weights, done=done)
-        (folder / PER_LAYER).write_text(json.dumps(_per_layer(trees, count), indent=2) + "\n")
+        (folder / PER_LAYER).write_text(json.dumps(_per_layer(trees, model), indent=2) + "\n")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if request.check:
             check_folder(folder, class_of(model), planned, request)
@@ -86,14 +85,8 @@ def _layers_of(model: nn.Module, planned: Planned) -> str:
     return found[0]
 
 
-def _list(model: nn.Module, path: str) -> nn.ModuleList:
-    found = model.get_submodule(path)
-    assert isinstance(found, nn.ModuleList)
-    return found
-
-
 def _attributes(
-    model: nn.Module, count: int, layers: Sequence[PlannedLayer]
+    model: nn.Module, path: str, layers: Sequence[PlannedLayer]
 ) -> tuple[dict[str, object], dict[str, object]]:
     """The entries of the config that count layers, or have one for each: the original's, and the planned model's.
 
@@ -102,14 +95,14 @@ def _attributes(
     """
     config: Any = model.config
     held: Mapping[str, object] = config.to_dict()
-    numbers = [[int(path.split(layer.host.rpartition(".")[0] + ".")[1].split(".")[0]) for path in layer.attentions]
-               for layer in layers]  # fmt: skip
+    count = len(list(model.get_submodule(path).children()))
+    numbers = [[_number(name, path) for name in layer.attentions] for layer in layers]
     flat = [number for each in numbers for number in each]
     name = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     original: dict[str, object] = {name: count}
     own: dict[str, object] = {name: len(flat)}
     for key, value in held.items():
-        if not isinstance(value, list) or len(value) != count:
+        if not isinstance(value, list) or len(value) != count or not any(word in key for word in _LISTS):
             continue
         for layer, each in zip(layers, numbers, strict=True):
             if any(value[number] != value[each[0]] for number in each):
@@ -118,6 +111,15 @@ def _attributes(
                 )
         original[key], own[key] = value, [value[number] for number in flat]
     return original, own
+
+
+_LISTS = ("layer", "type", "block")
+"""A word of these is in the names of a config's lists that have an entry for each layer."""
+
+
+def _number(name: str, layers: str) -> int:
+    """The number of the layer that a module is in."""
+    return int(name.removeprefix(f"{layers}.").partition(".")[0])
 
 
 def _config(model: nn.Module, own: Mapping[str, object], data: Mapping[str, object]) -> dict[str, object]:
@@ -167,14 +169,15 @@ def _weights(model: nn.Module, config: Mapping[str, object], trees: Trees) -> di
     return weights
 
 
-def _per_layer(trees: Trees, count: int) -> dict[str, object]:
+def _per_layer(trees: Trees, model: nn.Module) -> dict[str, object]:
     """``per_layer_config`` of the original's layers: what is skipped, and how wide an FFN is."""
     plan = trees.planned.plan
     made: dict[int, dict[str, object]] = {}
 
+    layers = _layers_of(model, trees.planned)
+
     def entry(path: str) -> dict[str, object]:
-        layer = trees.units[path].layer
-        return made.setdefault(int(layer.rpartition(".")[2]), {})
+        return made.setdefault(_number(path, layers), {})
 
     def skip(path: str, what: str) -> None:
         skipped = entry(path).setdefault("skip", [])
@@ -182,8 +185,8 @@ def _per_layer(trees: Trees, count: int) -> dict[str, object]:
         skipped.append(what)
 
     for name in plan.drop:
-        if name in trees.units:
-            skip(name, "attention" if trees.sites[name].caches else "mlp")
+        # What stands in the place of a module that was pruned away has its number in the cache, too.
+        skip(name, "attention" if hasattr(model.get_submodule(name), "layer_idx") else "mlp")
     widths = {key: weight.shape[0] for (key, name), weight in trees.made.items() if name == "up_proj.weight"}
     for group, width in zip(trees.wide, widths.values(), strict=True):
         entry(group[0])["intermediate_size"] = width

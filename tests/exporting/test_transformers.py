@@ -125,6 +125,7 @@ def test_a_pruned_model_exports_as_its_original_does(tmp_path: Path) -> None:
     folder = fxfuse.export(model, plan, tmp_path / "out")
 
     assert difference(loaded(folder), planned(tiny("llama"), **FUSED)) < 1e-8
+    assert json.loads((folder / "per_layer_config.json").read_text())["3"] == {"skip": ["attention", "mlp"]}
 
 
 @pytest.mark.parametrize(

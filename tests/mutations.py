@@ -337,6 +337,27 @@ MUTATIONS = (
         ("tests/exporting/test_nemotron_nas.py::test_a_folder_computes_what_the_planned_model_does[granite]",),
     ),
     Mutation(
+        "write queries and keys of a GGUF file in transformers' order",
+        "fxfuse/exporting/gguf.py",
+        ".reshape(heads, 2, -1, *made.shape[1:]).transpose(1, 2)",
+        ".reshape(heads, 2, -1, *made.shape[1:])",
+        ("tests/exporting/test_gguf.py::test_features_that_are_turned_together_lie_side_by_side",),
+    ),
+    Mutation(
+        "fill a layer of a GGUF file up with what contributes",
+        "fxfuse/exporting/gguf.py",
+        "columns = filled(0.0, (width, BLOCK), dtype)",
+        "columns = filled(1.0, (width, BLOCK), dtype)",
+        ("tests/exporting/test_gguf.py::test_an_attention_without_an_ffn_gets_one_of_zeros",),
+    ),
+    Mutation(
+        "let exported graphs attend to padding",
+        "fxfuse/exporting/cached.py",
+        "attention_mask=mask,",
+        "attention_mask=torch.ones_like(mask),",
+        ("tests/exporting/test_pt2.py::test_a_prompt_in_pieces_gives_the_planned_models_logits",),
+    ),
+    Mutation(
         "let an export that failed stay",
         "fxfuse/exporting/folder.py",
         "    finally:\n        shutil.rmtree(partial, ignore_errors=True)\n",

@@ -48,7 +48,8 @@ def cache_specs(model: nn.Module) -> tuple[CacheSpec, ...]:
     cache, device = DynamicCache(), next(model.parameters()).device
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+            model(input_ids=ids, use_cache=True, **{_cache_argument(model): cache})
     except Exception as error:
         raise ExportError(
             "pt2 keeps keys and values of attentions alone, and a call of this model with a cache of those fails: "
@@ -66,9 +67,16 @@ def cache_specs(model: nn.Module) -> tuple[CacheSpec, ...]:
                     "tokens, and pt2 keeps [batch, heads, tokens, width]"
                 )
             specs.append(CacheSpec(index, heads, key, value[3]))
-    if not specs or specs[0].layer:
+    if not specs:
+        raise ExportError("pt2 is for models that keep keys and values of attentions, and this one keeps none")
+    if specs[0].layer:
         raise ExportError("the first layer of this model keeps no keys, which is where its length is read")
     return tuple(specs)
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """The name of the argument that takes the cache: transformers 5.24 gave it a new one."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 class CachedCall(nn.Module):
@@ -81,6 +89,7 @@ class CachedCall(nn.Module):
         takes = signature(model.forward).parameters
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._positions = "position_ids" in takes
+        self._cache = _cache_argument(model)
 
     def forward(self, ids: Tensor, mask: Tensor, caches: list[Tensor]) -> tuple[Tensor]:
         """The logits of the token that comes next.
@@ -103,8 +112,8 @@ class CachedCall(nn.Module):
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=Cache(layers=layers),
             use_cache=True,
+            **{self._cache: Cache(layers=layers)},
             **given,
             **self._extra,
         )

@@ -103,7 +103,7 @@ def test_llama_cpp_serves_smollm2_under_a_plan(
     loaded, plan = smollm2(torch.float32), PLANS["fused"]
     assert loaded.tokenizer is not None
     ids = loaded.tokenizer.encode(python_documentation("hold out")[:40_000])
-    prompts = [ids[97 * index : 97 * index + 8 + index] for index in range(32)]
+    prompts = [ids[97 * index : 97 * index + 8 + index] for index in range(32 if kind == "f32" else 0)]
     text = ids[5000:5256]
 
     folder = fxfuse.export(loaded.model, plan, tmp_path / "out", "gguf", type=kind, vocabulary=smollm2_path())
@@ -116,5 +116,4 @@ def test_llama_cpp_serves_smollm2_under_a_plan(
     kl = float((one.exp() * (one - other)).sum(-1).mean())
     print(f"{kind}: KL {kl:.3g} nats per token")
     assert kl < most
-    if kind == "f32":
-        assert made[1:] == [greedy(wanted, prompt, 16) for prompt in prompts]
+    assert made[1:] == [greedy(wanted, prompt, 16) for prompt in prompts]

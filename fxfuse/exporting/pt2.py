@@ -85,8 +85,9 @@ def prepare(request: Request) -> Callable[[Path], None]:
                 with _blaming(f"the {name} graph cannot be compiled ahead of time"):
                     compiled[name] = compile_ahead(graph, programs.examples[name], metadata)
                 advance(1)
-        write_package(folder / PACKAGE, compiled)
-        torch.save(dict(programs.weights), folder / WEIGHTS)
+        with _blaming("the package or its weights cannot be written (is there room on the disk?)"):
+            write_package(folder / PACKAGE, compiled)
+            torch.save(dict(programs.weights), folder / WEIGHTS)
 
     return write
 
@@ -237,10 +238,10 @@ def _metadata(programs: Programs) -> dict[str, str]:
 
 @contextmanager
 def _blaming(what: str) -> Iterator[None]:
-    """Say of an error of torch's which step it stopped."""
+    """Say of an error of torch's which step it stopped. Its writer raises RuntimeError where the disk is full."""
     try:
         yield
-    except FxfuseError:
+    except (FxfuseError, OSError):
         raise
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -6,7 +6,8 @@
 Each model runs in an engine of its own, in a process of its own, and they take turns; the original runs twice. Its
 attention and FFNs are computed by vLLM's own code ("native") or by that of transformers ("transformers"), and so are
 those of its exports: a model is compared with the original of the same kind. "f32" and "q8_0" are GGUF files in
-llama.cpp, matrices of these types; there prompts of a batch are read one after the other.
+llama.cpp, matrices of these types; there prompts of a batch are read one after the other. On a machine with other work,
+--busy counts the CPU seconds of one thread instead of the time that passes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,12 +76,12 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="a plan of your own instead")
     parser.add_argument("--llama-python", default=os.environ.get("LLAMA_PYTHON", ""), help="the one with llama.cpp")
     parser.add_argument("--kinds", nargs="+", default=["native", "transformers"], choices=sorted(FORMS))
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama.cpp")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256, help="tokens before the first")
     parser.add_argument("--tokens", type=int, default=16, help="tokens after the first")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile, too")
+    parser.add_argument("--busy", action="store_true", help="count CPU seconds of one thread: the machine is not idle")
     parser.add_argument("--note", default="", help="what else was going on, for the file")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -92,7 +94,13 @@ def main() -> None:
     machine = Machine.here()
     print(f"{machine}; {given.note}\n{table(rows)}")
     if given.json:
-        held = {"machine": str(machine), "note": given.note, "compiled": given.compiled, "rows": rows}
+        held = {
+            "machine": str(machine),
+            "note": given.note,
+            "compiled": given.compiled,
+            "cpu seconds": given.busy,
+            "rows": rows,
+        }
         given.json.write_text(json.dumps(held, indent=2) + "\n")
 
 
@@ -124,14 +132,18 @@ def measured(models: list[Contestant], kind: str, given: argparse.Namespace, scr
         for model in models:
             log = scratch / f"{model.name}-{kind}.log"
             arguments = [str(model.folder), *model.arguments]
+            threads = 1 if given.busy else None
             if FORMS[kind][0] == "gguf":
-                started = engine("llama.cpp", given.llama_python, [*arguments, str(given.threads)], log)
+                arguments.append(str(threads or os.cpu_count()))
+                started = engine("llama.cpp", given.llama_python, arguments, log, threads)
             else:
-                started = engine("vllm", given.python, [*arguments, *["compiled"] * given.compiled], log)
+                arguments += ["compiled"] * given.compiled
+                started = engine("vllm", given.python, arguments, log, threads)
             engines[model.name] = stack.enter_context(started)
         for batch in given.batches:
             prompts = [[(7 * row + 3 * place) % 40_000 + 100 for place in range(given.prompt)] for row in range(batch)]
-            first, whole = (taken(engines, prompts, count, given.rounds) for count in (1, given.tokens + 1))
+            counts = 1, given.tokens + 1
+            first, whole = (taken(engines, prompts, count, given.rounds, given.busy) for count in counts)
             step = Samples(
                 {
                     name: tuple((long - first.median(name)) / given.tokens for long in whole.seconds[name])
@@ -144,13 +156,14 @@ def measured(models: list[Contestant], kind: str, given: argparse.Namespace, scr
     return rows
 
 
-def taken(engines: Mapping[str, Engine], prompts: list[list[int]], tokens: int, rounds: int) -> Samples:
-    """Seconds until so many tokens are there, of each prompt, by turns."""
+def taken(engines: Mapping[str, Engine], prompts: list[list[int]], tokens: int, rounds: int, busy: bool) -> Samples:
+    """Seconds until so many tokens are there, of each prompt, by turns; CPU seconds if the machine is ``busy``."""
 
     def asked(model: Engine) -> Callable[[], object]:
         return lambda: model.generate(prompts, tokens)
 
-    return interleave({name: asked(model) for name, model in engines.items()}, rounds, 0.0)
+    clock = (lambda: sum(model.busy for model in engines.values())) if busy else time.perf_counter
+    return interleave({name: asked(model) for name, model in engines.items()}, rounds, 0.0, clock)
 
 
 def row(kind: str, batch: int, what: str, samples: Samples) -> dict[str, Any]:
@@ -168,10 +181,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = ["| computed by | batch | | model | ms | of the original | |", "|---|---|---|---|---|---|---|"]
     for each in rows:
-        for name, time in each["ms"].items():
+        for name, ms in each["ms"].items():
             void = "void" if each["void"] else ""
             where = f"{each['kind']} | {each['batch']} | {each['what']}"
-            lines.append(f"| {where} | {name} | {time:.1f} | {each['to original'][name]:.3f} | {void} |")
+            lines.append(f"| {where} | {name} | {ms:.1f} | {each['to original'][name]:.3f} | {void} |")
     return "\n".join(lines)
 
 

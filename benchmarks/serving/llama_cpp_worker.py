@@ -6,13 +6,14 @@ Run by the Python that has llama-cpp-py-sync, which need not have fxfuse. A requ
 and ``tokens``, how many to generate for each; the answer has those tokens, chosen greedily. A request that has the path
 of a file, ``logits``, instead is answered with none: the file gets the logits after each token of the prompts,
 ``[tokens, vocabulary]`` of all of them end to end. Keys and values are float32, so that nothing but weights is
-rounded.
+rounded. An answer says for how many CPU seconds this process was ``busy``.
 """
 
 import ctypes
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,13 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        began = time.process_time()
         if "logits" in asked:
             np.save(asked["logits"], np.concatenate([model.logits(prompt) for prompt in asked["prompts"]]))
-            told: dict[str, list[list[int]]] = {"tokens": []}
+            made: list[list[int]] = []
         else:
-            told = {"tokens": [model.greedy(prompt, asked["tokens"]) for prompt in asked["prompts"]]}
+            made = [model.greedy(prompt, asked["tokens"]) for prompt in asked["prompts"]]
+        told = {"tokens": made, "busy": time.process_time() - began}
         print(json.dumps(told), file=answers, flush=True)
 
 

@@ -4,12 +4,14 @@
 
 Run by :mod:`benchmarks.serving.engine`, with the environment that vLLM needs, and by the Python that has vLLM, which
 need not have fxfuse. A request has ``prompts`` (lists of tokens) and ``tokens``, how many to generate for each; the
-answer has those tokens, chosen greedily. Prefixes are not cached, so that a prompt that is asked twice is read twice.
+answer has those tokens, chosen greedily, and for how many CPU seconds this process was ``busy``. Prefixes are not
+cached, so that a prompt that is asked twice is read twice.
 """
 
 import json
 import os
 import sys
+import time
 
 
 def main() -> None:
@@ -35,8 +37,10 @@ def main() -> None:
         asked = json.loads(line)
         prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
         how = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
+        began = time.process_time()
         made = model.generate(prompts, how, use_tqdm=False)
-        told = {"tokens": [list(each.outputs[0].token_ids) for each in made]}
+        busy = time.process_time() - began
+        told = {"tokens": [list(each.outputs[0].token_ids) for each in made], "busy": busy}
         print(json.dumps(told), file=answers, flush=True)
 
 

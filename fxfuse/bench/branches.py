@@ -6,7 +6,7 @@ and called with the weights of all of them in turn: no cache holds those, as non
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -114,10 +114,12 @@ def time_branches(
         if not kinds:
             raise CaptureError("no residual stream was found, so no branch can be timed; fxfuse.explain says what is")
         maps = _linear(kinds, copies)
-        calls = _calls(cutter, kinds, maps, max_group, inner, progress)
+        wanted = _wanted(cutter, kinds, maps, max_group)
+        calls = _calls(wanted, inner, progress)
         calls[WHOLE] = _whole(own, ids, phase, inner)
         samples = interleave(calls, repeats, SAMPLE, clock_of(ids.device), "branches" if progress else "")
-    return _result(cutter, kinds, maps, samples, max_group)
+    counts = {name: len(parts) for name, (_, parts) in wanted.items()}
+    return _result(cutter, kinds, maps, samples, counts)
 
 
 def _captured(model: nn.Module, ids: Tensor, phase: Phase) -> Captured:
@@ -139,34 +141,32 @@ def _kinds(cutter: Cutter, branches: Sequence[Branch]) -> list[list[Branch]]:
     return list(kinds.values())
 
 
-def _calls(
-    cutter: Cutter,
-    kinds: Sequence[Sequence[Branch]],
-    maps: Cutter | None,
-    max_group: int,
-    inner: str,
-    progress: bool,
-) -> dict[str, Callable[[], object]]:
-    """What is timed, by name: each part is compiled here."""
+def _wanted(
+    cutter: Cutter, kinds: Sequence[Sequence[Branch]], maps: Cutter | None, max_group: int
+) -> dict[str, tuple[Cutter, list[Part]]]:
+    """The parts that are timed, by name: those of one name compute the same."""
     wanted: dict[str, tuple[Cutter, list[Part]]] = {}
+    linear = {} if maps is None else _by_name(maps)
     for kind, branches in enumerate(kinds):
         wanted[_name(kind, 1)] = cutter, [cutter.part([branch]) for branch in branches]
         for size in _sizes(branches, max_group):
             wanted[_name(kind, size)] = cutter, [cutter.part(group) for group in _groups(cutter, branches, size)]
+        if maps is not None and branches[0].kind == "attention":
+            wanted[_name(kind, 0)] = maps, [maps.part([linear[branch.name]]) for branch in branches]
     wanted[AGAIN] = wanted[_name(0, 1)]
-    if maps is not None:
-        linear = _by_name(maps)
-        for kind, branches in enumerate(kinds):
-            if branches[0].kind == "attention":
-                wanted[_name(kind, 0)] = maps, [maps.part([linear[branch.name]]) for branch in branches]
+    return {name: (graph, [p for p in parts if p.key == parts[0].key]) for name, (graph, parts) in wanted.items()}
+
+
+def _calls(
+    wanted: Mapping[str, tuple[Cutter, Sequence[Part]]], inner: str, progress: bool
+) -> dict[str, Callable[[], object]]:
+    """Calls of all parts of a name, compiled here, once for each name."""
     calls: dict[str, Callable[[], object]] = {}
     with bar("compiling parts", "parts", len(wanted), progress) as advance:
         values: dict[fx.Node, object] = {}
-        for graph in (cutter, maps):
-            own = [
-                node for other, parts in wanted.values() if other is graph for part in parts for node in part.sources
-            ]
-            values |= graph.values(own) if graph is not None else {}
+        for graph in {graph for graph, _ in wanted.values()}:
+            own = (part for other, parts in wanted.values() if other is graph for part in parts)
+            values |= graph.values([node for part in own for node in part.sources])
         for name, (_, parts) in wanted.items():
             calls[name] = _call(parts, [[values[node] for node in part.sources] for part in parts], inner)
             advance(1)
@@ -235,24 +235,31 @@ def _by_name(cutter: Cutter) -> dict[str, Branch]:
 
 
 def _result(
-    cutter: Cutter, kinds: Sequence[Sequence[Branch]], maps: Cutter | None, samples: Samples, max_group: int
+    cutter: Cutter,
+    kinds: Sequence[Sequence[Branch]],
+    maps: Cutter | None,
+    samples: Samples,
+    counts: Mapping[str, int],
 ) -> BranchTimes:
+    """``counts`` says how many parts one call of a name computes."""
+    linear = {} if maps is None else _by_name(maps)
     found: dict[str, BranchTime] = {}
+
+    def seconds(name: str) -> float:
+        return samples.median(name) / counts[name]
+
     for kind, branches in enumerate(kinds):
-        alone = samples.median(_name(kind, 1)) / len(branches)
-        linear = _name(kind, 0)
-        maps_here = _by_name(maps) if maps is not None and linear in samples.seconds else {}
-        sizes = _sizes(branches, max_group)
+        has_map = _name(kind, 0) in counts
+        sizes = (size for size in range(2, len(branches) + 1) if _name(kind, size) in counts)
+        groups = tuple(seconds(_name(kind, size)) for size in sizes)
         for branch in branches:
             found[branch.name] = BranchTime(
                 name=branch.name,
-                seconds=alone,
-                linear=samples.median(linear) / len(branches) if linear in samples.seconds else None,
-                groups=tuple(
-                    samples.median(_name(kind, size)) / len(_groups(cutter, branches, size)) for size in sizes
-                ),
+                seconds=seconds(_name(kind, 1)),
+                linear=seconds(_name(kind, 0)) if has_map else None,
+                groups=groups,
                 parameters=cutter.parameter_bytes(branch),
-                linear_parameters=maps.parameter_bytes(maps_here[branch.name]) if maps and maps_here else 0,
+                linear_parameters=maps.parameter_bytes(linear[branch.name]) if maps is not None and has_map else 0,
                 cache=cutter.cache_bytes(branch),
             )
     apart = abs(samples.ratio(AGAIN, _name(0, 1)) - 1)

@@ -78,32 +78,34 @@ class Steps:
         What is no step, or is not within the limits, costs infinity.
         """
         taken = tuple(sorted(chosen))
+        original = self.problem.original
+        needs = np.array([original.seconds, original.memory, original.cache]) - self.gains[list(taken)].sum(0)
+        cost, near = self._cost(taken), self.terms[:, list(taken)].sum(1)
+        rivals = self.rivals[:, list(taken)].sum(1)
         for out in (None, *taken):
-            left = tuple(number for number in taken if number != out)
-            cost = self._cost(left)
-            costs = cost + self.costs + self.terms[:, left].sum(1)
-            free = self._within(left, costs) & ~np.any(self.rivals[:, left], axis=1)
+            # What is left without ``out``: all sums less what is its own.
+            own = 0.0 if out is None else float(self.costs[out] + near[out])
+            apart = near if out is None else near - self.terms[:, out]
+            needed = needs if out is None else needs + self.gains[out]
+            costs = cost - own + self.costs + apart
+            free = (rivals if out is None else rivals - self.rivals[:, out]) == 0
             free[list(taken)] = False
-            possible = out is not None and self.problem.allows(left)
-            yield left, cost if possible else np.inf, np.where(free, costs, np.inf)
+            free &= self._within(needed - self.gains, costs)
+            possible = out is not None and bool(self._within(needed[None], np.array([cost - own]))[0])
+            left = tuple(number for number in taken if number != out)
+            yield left, cost - own if possible else np.inf, np.where(free, costs, np.inf)
+
+    def _within(self, needs: Array, costs: Array) -> NDArray[np.bool_]:
+        """Whether choices of these needs ``[choices, 3]`` and costs ``[choices]`` are within the limits."""
+        within = np.ones(len(costs), dtype=bool)
+        for limit in self.problem.limits:
+            needed = costs if limit.resource == "kl" else needs[:, ("seconds", "memory", "cache").index(limit.resource)]
+            within = within & (needed <= limit.most + 1e-9 * abs(limit.most))
+        return within
 
     def _cost(self, chosen: Sequence[int]) -> float:
         numbers = list(chosen)
         return float(self.costs[numbers].sum() + self.terms[np.ix_(numbers, numbers)].sum() / 2)
-
-    def _within(self, left: Sequence[int], costs: Array) -> NDArray[np.bool_]:
-        """Whether ``left`` with each further candidate is within the limits."""
-        use = self.problem.use(left)
-        needs = dict(zip(("seconds", "memory", "cache"), (use.seconds, use.memory, use.cache), strict=True))
-        within = np.ones(len(costs), dtype=bool)
-        for limit in self.problem.limits:
-            if limit.resource == "kl":
-                needed = costs
-            else:
-                column = ("seconds", "memory", "cache").index(limit.resource)
-                needed = needs[limit.resource] - self.gains[:, column]
-            within &= needed <= limit.most + 1e-9 * abs(limit.most)
-        return within
 
 
 def _with(left: tuple[int, ...], new: int) -> tuple[int, ...]:

@@ -23,7 +23,10 @@ from fxfuse.planning.solvers.problem import Limit, Pair, Problem, Solution, infe
 GAP = 1e-3
 """Relative distance from the optimum at which the solver stops: predictions are not that good."""
 
-PAIRS = 3000
+NODES = 100
+"""Nodes of the search tree for each solution: a limit that a busy machine does not move, as it does one of time."""
+
+PAIRS = 1000
 """How many pairs the program has. Steps from its solution to others (:mod:`.exchange`) and comparisons know all."""
 
 
@@ -32,7 +35,8 @@ def solve(
     count: int = 1,
     *,
     distance: int = 2,
-    seconds: float = 10.0,
+    seconds: float = 120.0,
+    nodes: int = NODES,
     gap: float = GAP,
     most_pairs: int = PAIRS,
 ) -> tuple[Solution, ...]:
@@ -42,23 +46,35 @@ def solve(
         problem: what to choose among.
         count: of solutions.
         distance: in how many candidates any two of them differ, at least.
-        seconds: for all of them together; a solution that is not proved the best by then is taken as it is.
+        seconds: for all of them together.
+        nodes: of the search tree for each of them. A solution that is not proved the best by then is taken as it is.
         gap: relative distance from the optimum at which the search for one ends.
         most_pairs: so many of the pairs are in the program, those of the candidates likeliest to be taken.
 
     Raises:
         OptionError: no choice is within the limits; the message names the tightest of them, and how far off it is.
-        PlanError: in the time given not one solution was found.
+        PlanError: within that not one solution was found.
     """
     check_count("count", count)
     program, steps = _Program.of(problem, most_pairs), Steps.of(problem)
     found: list[Solution] = []
-    while len(found) < count and (made := program.best(found, distance, seconds / count, gap)) is not None:
+    while (
+        len(found) < count and (made := program.best(found, distance, _Effort(seconds / count, nodes, gap))) is not None
+    ):
         others = [other.chosen for other in found]
         found.append(solution(problem, steps.best(made, others, distance)))
     if not found:
-        raise infeasible(_tightest(program))
+        raise infeasible(*_tightest(program))
     return tuple(sorted(found, key=lambda each: each.cost))
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """Where the search for one solution ends."""
+
+    seconds: float
+    nodes: int
+    gap: float
 
 
 @dataclass(frozen=True)
@@ -96,11 +112,11 @@ class _Program:
         structure = LinearConstraint(matrix, -np.inf, np.array(most))
         return cls(problem, pairs, objective, structure, tuple(_rows(problem, objective)))
 
-    def best(self, found: Sequence[Solution], distance: int, seconds: float, gap: float) -> tuple[int, ...] | None:
+    def best(self, found: Sequence[Solution], distance: int, effort: _Effort) -> tuple[int, ...] | None:
         """The best choice that differs enough from those found; None if there is none.
 
         Raises:
-            PlanError: the time was too short to find any.
+            PlanError: the effort was too small to find any.
         """
         constraints = [self.structure, *(LinearConstraint(row, -np.inf, most) for _, row, most in self.limits)]
         constraints += [self._away_from(each.chosen, distance) for each in found]
@@ -109,12 +125,14 @@ class _Program:
             integrality=self._integrality(),
             bounds=Bounds(0, 1),
             constraints=constraints,
-            options={"time_limit": seconds, "mip_rel_gap": gap},
+            options={"time_limit": effort.seconds, "node_limit": effort.nodes, "mip_rel_gap": effort.gap},
         )
         if made.x is not None:
             return self._chosen(made.x)
         if made.status == 1:
-            raise PlanError(f"no plan was found in {seconds:.3g} s: allow more seconds, or fewer pairs")
+            raise PlanError(
+                f"no plan was found in {effort.seconds:.3g} s and {effort.nodes} nodes: allow more, or fewer pairs"
+            )
         return None
 
     def least_excess(self) -> NDArray[np.float64]:
@@ -130,7 +148,7 @@ class _Program:
             integrality=np.append(self._integrality(), 0),
             bounds=Bounds(0, np.append(np.ones(width), np.inf)),
             constraints=LinearConstraint(matrix, -np.inf, np.append(self.structure.ub, most)),
-            options={"mip_rel_gap": GAP, "time_limit": 10.0},
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
         )
         assert made.x is not None  # to choose nothing exceeds limits, and is a choice
         return np.asarray(made.x[:-1])
@@ -182,9 +200,8 @@ def _scale(limit: Limit) -> float:
     return max(abs(limit.most), 1e-12)
 
 
-def _tightest(program: _Program) -> list[tuple[Limit, float]]:
-    """The limits that cannot be kept together, the one that is furthest off first, and what is needed of each."""
+def _tightest(program: _Program) -> tuple[Limit, float]:
+    """The limit that is furthest off where all are kept as well as may be, and what is needed of it there."""
     x = program.least_excess()
-    excess = [(limit, float(row @ x) - most) for limit, row, most in program.limits]
-    over = [(limit, limit.most + by) for limit, by in excess if by > 1e-6 * _scale(limit)]
-    return sorted(over, key=lambda each: -(each[1] - each[0].most) / _scale(each[0]))
+    excess = [(limit, limit.most + float(row @ x) - most) for limit, row, most in program.limits]
+    return max(excess, key=lambda each: (each[1] - each[0].most) / _scale(each[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -111,18 +111,15 @@ def solution(problem: Problem, chosen: Iterable[int]) -> Solution:
     return Solution(taken, problem.cost(taken), problem.use(taken))
 
 
-def infeasible(limits: Iterable[tuple[Limit, float]]) -> OptionError:
+def infeasible(limit: Limit, least: float) -> OptionError:
     """What to say if no choice is within all limits.
 
     Args:
-        limits: those that cannot be kept, the tightest first, and the least that is needed of each instead.
+        limit: the tightest of them, which is furthest off, relative to what it asks for, where all are kept best.
+        least: what is needed there.
     """
-
-    def told() -> Iterator[str]:
-        for limit, least in limits:
-            yield (
-                f"{limit.name} asks for {limit.shown(limit.most)}, and the least that these edits reach is "
-                f"{limit.shown(least)}, {limit.shown(least - limit.most)} too much"
-            )
-
-    return OptionError(f"no plan keeps to the limits: {'; '.join(told())}. Allow more, or larger groups")
+    return OptionError(
+        f"no plan keeps to the limits: {limit.name} asks for {limit.shown(limit.most)}, and the best that these edits "
+        f"reach, all limits considered, is {limit.shown(least)}, {limit.shown(least - limit.most)} too much. Allow "
+        "more, or larger groups"
+    )

@@ -76,7 +76,7 @@ class Search:
         return "\n".join(lines)
 
     def results(self) -> list[dict[str, object]]:
-        """Each trial as a point of a picture: name, latency in seconds, KL unhealed and healed, and if it was chosen."""
+        """Each trial as a point of a picture: name, latency in seconds, KL unhealed and healed, whether chosen."""
         return [
             {
                 "name": shape(trial.plan),

@@ -48,7 +48,7 @@ class Steps:
         made: list[tuple[float, tuple[int, ...]]] = []
         for left, cost, costs in self._steps(chosen):
             made += [(cost, left)] if cost < np.inf else []
-            made += [(float(costs[new]), _with(left, new)) for new in np.flatnonzero(costs < np.inf)]
+            made += [(float(costs[new]), _with(left, int(new))) for new in np.flatnonzero(costs < np.inf)]
         return sorted(made)
 
     def best(self, chosen: Sequence[int], others: Sequence[Sequence[int]] = (), distance: int = 1) -> tuple[int, ...]:
@@ -66,8 +66,8 @@ class Steps:
                 for new in np.argsort(costs):
                     if costs[new] >= least:
                         break
-                    if _differs(_with(left, new), others, distance):
-                        least, made = float(costs[new]), _with(left, new)
+                    if _differs(_with(left, int(new)), others, distance):
+                        least, made = float(costs[new]), _with(left, int(new))
             if least >= start:
                 return best
             best, cost = made, least
@@ -109,7 +109,7 @@ class Steps:
 
 
 def _with(left: tuple[int, ...], new: int) -> tuple[int, ...]:
-    return tuple(sorted((*left, int(new))))
+    return tuple(sorted((*left, new)))
 
 
 def _differs(made: Sequence[int], others: Sequence[Sequence[int]], distance: int) -> bool:

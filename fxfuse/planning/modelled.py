@@ -45,7 +45,7 @@ def model_costs(
     """What the branches of ``model`` would cost on a GPU; times are those of one of ``tp`` GPUs, bytes of all.
 
     Args:
-        model: a language model, called as Hugging Face models are; its weights are not looked at.
+        model: a language model, called as Hugging Face models are, on a device that has values.
         device: "h100" or another GPU of :data:`fxfuse.hardware.gpus.GPUS`.
         tp: among how many of them heads and hidden units are divided.
         batch: sequences.

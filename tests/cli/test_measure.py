@@ -80,8 +80,8 @@ def test_plan_searches_for_a_target(capsys: pytest.CaptureFixture[str], llama_wi
     assert (code, plan.with_name("plan.json.search").exists()) == (0, False), err
     assert Plan.load(plan).why and "modelled" in out
 
-    code, out, err = run(capsys, *arguments, "--target-latency", "0.01")
-    assert code == 1 and "target_latency asks for 0.01" in err
+    code, out, err = run(capsys, *arguments, "--target-latency", "1e-9")
+    assert code == 1 and "target_latency asks for 1e-09" in err
     code, out, err = run(capsys, "plan", str(recording), "--target-latency", "0.8")
     assert code == 1 and "give --model" in err
 

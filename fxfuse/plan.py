@@ -31,18 +31,19 @@ class Decision:
     """What became of one edit that was thought of, and why.
 
     Attributes:
-        edit: "drop" an attention, or make FFNs "parallel".
-        branches: the attention, or the group.
+        edit: "drop" a branch, make an attention "linear", or make FFNs "parallel".
+        branches: the branch, or the group.
         outcome: "kept", "split" (its halves have decisions of their own) or "refused".
         why: in words.
-        score: what it was proposed by: the attention's score, or the group's largest mean distance.
+        score: what it was proposed by: the attention's score, or the group's largest mean distance; in a search for a
+            target the edit's KL by itself, NaN if it was only measured together with others.
         kl: measured KL of the plan with this edit and those kept before, nats per token; None if not measured.
         added: how much of that is this edit's.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=False)  # JSON has lists for tuples
 
-    edit: Literal["drop", "parallel"]
+    edit: Literal["drop", "linear", "parallel"]
     branches: tuple[str, ...]
     outcome: Literal["kept", "split", "refused"]
     why: str

@@ -455,6 +455,34 @@ MUTATIONS = (
         "    finally:\n",
         ("tests/exporting/test_folder.py",),
     ),
+    Mutation(
+        "take two candidates that name one branch",
+        "fxfuse/planning/solvers/problem.py",
+        "if len(numbers) > 1))",
+        "if len(numbers) > 2))",
+        ("tests/planning/solvers/test_mip.py",),
+    ),
+    Mutation(
+        "let the product of two candidates be less than it is",
+        "fxfuse/planning/solvers/mip.py",
+        "if term > 0:  # minimised",
+        "if term < 0:  # minimised",
+        ("tests/planning/solvers/test_mip.py",),
+    ),
+    Mutation(
+        "give one solution of a pool again",
+        "fxfuse/planning/solvers/mip.py",
+        "return LinearConstraint(row, distance - len(chosen), np.inf)",
+        "return LinearConstraint(row, -len(chosen), np.inf)",
+        ("tests/planning/solvers/test_mip.py",),
+    ),
+    Mutation(
+        "measure one edit for all",
+        "fxfuse/planning/find.py",
+        "return self._under(together(self._recording, [edit]))",
+        "return self._planned if self._planned.plan else self._under(edit)",
+        ("tests/planning/test_find.py",),
+    ),
 )
 
 

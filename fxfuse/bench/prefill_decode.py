@@ -59,7 +59,7 @@ def decode(
         FxfuseError: a cache cannot be cut back after each step.
     """
     with torch.no_grad():
-        calls = {name: _step(program, caches[name], ids[:, -1:]) for name, program in programs.items()}
+        calls = {name: decode_step(program, caches[name], ids[:, -1:]) for name, program in programs.items()}
         return _latency("decode", calls, ids, repeats, progress)
 
 
@@ -70,7 +70,12 @@ def _latency(
     return Latency(phase, ids.shape[1], samples)
 
 
-def _step(program: Program, cache: object, token: Tensor) -> Callable[[], object]:
+def decode_step(program: Program, cache: object, token: Tensor) -> Callable[[], object]:
+    """A call of ``program`` on ``token`` ``[batch, 1]`` after what ``cache`` holds, which is so again afterwards.
+
+    Raises:
+        FxfuseError: the cache cannot be cut back.
+    """
     crop = getattr(cache, "crop", None)
     if crop is None:
         raise FxfuseError(f"a {type(cache).__name__} cannot be cut back, so a decode step cannot be timed")

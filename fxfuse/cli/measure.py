@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,11 @@ from fxfuse.cli.shared import (
     writable,
     writable_folder,
 )
+
+if TYPE_CHECKING:
+    from fxfuse.bench.branches import Phase
+    from fxfuse.data.loading import Loaded
+    from fxfuse.planning import Costs
 
 
 @app.command()
@@ -86,6 +91,16 @@ def plan(
     max_distance: Annotated[float | None, typer.Option(min=0.0, help="largest distance of FFNs in a group")] = None,
     max_width: Annotated[int | None, typer.Option(min=1, help="most hidden units of a wide FFN")] = None,
     keep_last: Annotated[bool, typer.Option("--keep-last", help="leave the last FFN of each run alone")] = False,
+    target_latency: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="search a plan that takes this share of the original's time")
+    ] = None,
+    max_kv_bytes: Annotated[float | None, typer.Option(min=0.0, help="the same for bytes of KV cache")] = None,
+    max_memory: Annotated[float | None, typer.Option(min=0.0, help="the same for bytes of weights and cache")] = None,
+    phase: Annotated[str, typer.Option(help="what is to be fast: decode or prefill")] = "decode",
+    context: Annotated[int, typer.Option(min=2, help="tokens in the KV cache, or in the prompt")] = 2048,
+    device: Annotated[str | None, typer.Option(help="model the time on this GPU (h100, ...), and time nothing")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="among how many of them the model is divided")] = 1,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="after which no edit is exchanged any more")] = None,
     text: Text = None,
     length: Sequence = 256,
     tokens: Tokens = 2048,
@@ -97,16 +112,35 @@ def plan(
     With --model each edit is measured on it, and kept while the planned
     model's next-token distribution stays within --max-kl of the original's.
     Without, the plan is what the recording proposes: a lead, not a result.
+    With a target the time of every branch is measured, and plans that reach
+    it are searched for the one of least KL. The state of the search lies
+    beside the output, as FILE.search, until that is written.
 
     [bold]Examples[/bold]
       fxfuse plan recording.safetensors --model smollm2 --max-kl 0.05
+      fxfuse plan recording.safetensors --model smollm2 --target-latency 0.8
       fxfuse plan recording.safetensors --drop 4 --max-distance 0.1
     """
+    from fxfuse.errors import OptionError
     from fxfuse.measure.recording import Recording
-    from fxfuse.planning import Choices, Limits, decide, plan_of
+    from fxfuse.planning import Choices, Effort, Limits, Targets, decide, find_plan, plan_of
 
     writable(output, recording, text, None if model is None else Path(model))
     recorded = Recording.load(recording)
+    targets = Targets(latency=target_latency, memory=max_memory, kv_bytes=max_kv_bytes, kl=max_kl)
+    if targets:
+        if model is None:
+            raise OptionError("a target is reached by measuring: give --model")
+        loaded = load_unplanned(model, dtype)
+        read = list(batches(loaded, text, "plan", length, tokens, 1))
+        costs = _costs(loaded, read, context, phase, device, tp, not json)
+        state = output.with_name(f"{output.name}.search")
+        effort = Effort(minutes=minutes)
+        found = find_plan(recorded, loaded.model, read, targets, costs, effort=effort, resume=state, progress=not json)
+        found.plan.save(output)
+        state.unlink(missing_ok=True)
+        typer.echo(found.to_json() if json else f"{found}\nwritten to {output}")
+        return
     choices = Choices(
         drop=drop,
         score=score,  # type: ignore[arg-type]  # checked where it is used
@@ -127,6 +161,22 @@ def plan(
     for decision in decisions:
         typer.echo(decision)
     typer.echo(f"{len(made.drop)} dropped, {len(made.parallel)} groups, written to {output}")
+
+
+def _costs(
+    loaded: Loaded, read: list[dict[str, object]], context: int, phase: str, device: str | None, tp: int, progress: bool
+) -> Costs:
+    """What the branches cost: modelled for ``device``, or measured here."""
+    from fxfuse.planning import measure_costs
+    from fxfuse.planning.modelled import model_costs
+    from fxfuse.planning.text import prompt
+
+    if phase not in ("decode", "prefill"):
+        raise typer.BadParameter(f"--phase is decode or prefill, not {phase}")
+    chosen: Phase = "decode" if phase == "decode" else "prefill"
+    if device is not None:
+        return model_costs(loaded.model, device, tp=tp, context=context, phase=chosen)
+    return measure_costs(loaded.model, prompt(read, context), chosen, progress=progress)
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import nn
@@ -16,10 +17,18 @@ from fxfuse.errors import OptionError
 from fxfuse.measure.recording import Recording
 from fxfuse.plan import Decision, Plan
 from fxfuse.planning.budget import Cost, search
+from fxfuse.planning.costs import Costs, measure_costs
 from fxfuse.planning.decisions import plan_of, propose
+from fxfuse.planning.find import Effort, Kinds, find_plan
 from fxfuse.planning.groups import Limits
+from fxfuse.planning.lead import lead
 from fxfuse.planning.meter import Meter
 from fxfuse.planning.scores import Score, cheapest, check_score, how_many
+from fxfuse.planning.targets import Targets
+from fxfuse.planning.text import first_tokens, prompt
+
+CONTEXT = 2048
+"""Tokens in the KV cache where costs are measured and nothing else is asked for."""
 
 
 def make_plan(
@@ -37,9 +46,22 @@ def make_plan(
     drop_share: float = 0.5,
     max_tokens: int | None = None,
     search_tokens: int | None = None,
+    target_latency: float | None = None,
+    max_memory: float | None = None,
+    max_kv_bytes: float | None = None,
+    costs: Costs | None = None,
+    heal_on: Kinds | None = None,
+    effort: Effort = Effort(),  # noqa: B008 - it is frozen
+    minutes: float | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
     """Attentions to drop and FFNs to make parallel, chosen from a recording and, with a model, by measuring.
+
+    With ``target_latency``, ``max_memory`` or ``max_kv_bytes`` it is the best plan that reaches these, which may also
+    drop FFNs and make attentions linear: see :func:`fxfuse.planning.find_plan`, which returns all that was tried. The
+    options from ``target_latency`` on, ``max_kl`` and ``max_tokens`` are for that; the others are not. Without
+    ``model``, but with ``costs``, it is what the recorded KLs and distances predict.
 
     Without ``model`` the plan is what the recording proposes. Mean distances cannot see a group that ruins only a few
     tokens, so such a plan is a lead. With ``model`` and ``batches`` each edit is tried, drops first, and kept if what
@@ -62,13 +84,40 @@ def make_plan(
         drop_share: the part of ``max_kl`` that the drops may take, 0..1.
         max_tokens: measure on so many predicted tokens, not on all of ``batches``.
         search_tokens: compare edits on so many tokens only; the plan that comes out is measured on all of them.
+        target_latency: the time of a call, as a share of the original's.
+        max_memory: bytes of weights and KV cache, at the batch and context of the costs.
+        max_kv_bytes: bytes of KV cache, at these.
+        costs: of the branches, measured by :func:`fxfuse.planning.measure_costs` or modelled. If None they are measured
+            here: a decode step of one sequence, after 2,048 tokens of ``batches``.
+        heal_on: text to heal the best plans on before the choice is made, see :func:`fxfuse.heal`.
+        effort: how long to look, see :class:`fxfuse.planning.Effort`.
+        minutes: after which no edit is exchanged for another any more; what comes before is always done.
+        resume: a file that keeps what was measured; an interrupted search goes on from it.
         progress: show on stderr how far it is.
 
     Raises:
-        OptionError: an option out of range, or a model without batches or budget, or these without it.
+        OptionError: an option out of range, or a model without batches or budget, or these without it; or no plan
+            reaches the targets: the message names the tightest, and how far off it is.
         RecordError: the recording is of another model or lacks the score, or the model cannot be evaluated.
         PlanError: the plan that the recording was made under costs more than ``max_kl`` by itself.
     """
+    targets = Targets(latency=target_latency, memory=max_memory, kv_bytes=max_kv_bytes, kl=max_kl)
+    if targets:
+        if (model is None) != (batches is None):
+            raise OptionError("a plan is measured with a model and batches: give both, or neither")
+        look = effort if minutes is None else replace(effort, minutes=minutes)
+        if model is None or batches is None:
+            if max_kl is not None:
+                raise OptionError("max_kl is measured: give model and batches")
+            if costs is None:
+                raise OptionError("what a plan saves is measured: give costs, or model and batches")
+            return lead(recording, targets, costs, look.max_group)
+        given = first_tokens(batches, max_tokens)
+        known = measure_costs(model, prompt(given, CONTEXT), progress=progress) if costs is None else costs
+        found = find_plan(
+            recording, model, given, targets, known, heal_on=heal_on, effort=look, resume=resume, progress=progress
+        )
+        return found.plan
     choices = Choices(
         drop=drop,
         score=score,

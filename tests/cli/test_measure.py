@@ -71,6 +71,21 @@ def test_record_plan_and_eval_go_together(
     assert "perplexity" in out and "KL" not in out
 
 
+def test_plan_searches_for_a_target(capsys: pytest.CaptureFixture[str], llama_with_words: str, tmp_path: Path) -> None:
+    recording, plan = tmp_path / "r.safetensors", tmp_path / "plan.json"
+    run(capsys, "record", llama_with_words, "-o", str(recording), *SMALL)
+    arguments = ("plan", str(recording), "-o", str(plan), "--model", llama_with_words, "--device", "h100", *SMALL)
+
+    code, out, err = run(capsys, *arguments, "--target-latency", "0.8")
+    assert (code, plan.with_name("plan.json.search").exists()) == (0, False), err
+    assert Plan.load(plan).why and "modelled" in out
+
+    code, out, err = run(capsys, *arguments, "--target-latency", "1e-9")
+    assert code == 1 and "target_latency asks for 1e-09" in err
+    code, out, err = run(capsys, "plan", str(recording), "--target-latency", "0.8")
+    assert code == 1 and "give --model" in err
+
+
 def test_record_goes_on_where_it_was_interrupted(
     capsys: pytest.CaptureFixture[str], llama_with_words: str, tmp_path: Path
 ) -> None:

@@ -1,0 +1,112 @@
+"""Candidates: edits that a plan can be made of, each with what it costs and what it saves.
+
+A group of FFNs that attentions stand between is one candidate together with the drops that it needs, so that two
+candidates go together unless they name one branch. All solvers (:mod:`fxfuse.planning.solvers`) choose among these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from fxfuse.measure.recording import BranchRecord, Recording
+from fxfuse.plan import Plan, flat
+from fxfuse.planning.costs import Costs, Use
+from fxfuse.planning.groups import runs
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One edit, or a group with the drops that it needs.
+
+    Attributes:
+        edit: a plan of nothing else.
+        cost: KL to the original, nats per token, of that plan by itself.
+        gain: what it saves.
+    """
+
+    edit: Plan
+    cost: float
+    gain: Use
+
+
+def edits(recording: Recording, costs: Costs, *, max_group: int = 4, linear: bool = False) -> tuple[Plan, ...]:
+    """What may be done to the branches that the recorded plan leaves alone, each edit as a plan of its own.
+
+    Drops of attentions, FFNs and experts; attentions made linear; and intervals: up to ``max_group`` FFNs that follow
+    each other once the attentions between them are gone.
+
+    Args:
+        recording: of the model.
+        costs: which tell what a linear map fits.
+        max_group: FFNs in a group.
+        linear: whether attentions may be made linear. Unhealed their maps are no better than a drop.
+    """
+    free = [branch for branch in recording.branches if branch.name not in recording.plan.names]
+    attentions = [branch.name for branch in free if branch.kind == "attention"]
+    made = [Plan(drop=[branch.name]) for branch in free if branch.kind in ("attention", "gated_ffn", "ffn", "moe")]
+    if linear:
+        made += [Plan(linear=[name]) for name in attentions if costs[name].linear is not None]
+    for run in runs(recording, attentions):
+        for start in range(len(run)):
+            for end in range(start + 2, min(start + max_group, len(run)) + 1):
+                group = run[start:end]
+                made.append(Plan(drop=_between(recording, group), parallel=[group]))
+    return tuple(made)
+
+
+def candidates(costs: Costs, measured: Mapping[Plan, float]) -> tuple[Candidate, ...]:
+    """Edits and their KL as candidates, with what they save."""
+    return tuple(Candidate(edit, kl, costs.gain(edit)) for edit, kl in measured.items())
+
+
+def together(recording: Recording, chosen: Iterable[Plan]) -> Plan:
+    """The recorded plan and all edits of ``chosen``, in stream order.
+
+    Raises:
+        PlanError: two of them name one branch.
+    """
+    given = tuple(chosen)
+
+    def place(name: str) -> int:
+        return recording.index(name)
+
+    base = recording.plan
+    return Plan(
+        drop=(*base.drop, *sorted((name for edit in given for name in edit.drop), key=place)),
+        linear=(*base.linear, *sorted((name for edit in given for name in edit.linear), key=place)),
+        parallel=(
+            *base.parallel,
+            *sorted((group for edit in given for group in edit.parallel), key=lambda group: place(flat(group)[0])),
+        ),
+    )
+
+
+def apart(plan: Plan, recording: Recording) -> tuple[Plan, ...]:
+    """The edits that ``plan`` adds to the recorded one, as :func:`edits` would have them: the way back from it."""
+    base = recording.plan
+    groups = [group for group in plan.parallel if group not in base.parallel]
+    drops = [name for name in plan.drop if name not in base.drop]
+    made: list[Plan] = []
+    for group in groups:
+        needed = [name for name in _between(recording, flat(group)) if name in drops]
+        drops = [name for name in drops if name not in needed]
+        made.append(Plan(drop=needed, parallel=[group]))
+    made += [Plan(drop=[name]) for name in drops]
+    made += [Plan(linear=[name]) for name in plan.linear if name not in base.linear]
+    return tuple(made)
+
+
+def _between(recording: Recording, group: tuple[str, ...]) -> list[str]:
+    """The attentions between the first and the last of ``group`` that the recorded plan has not dropped."""
+    first, last = (recording.branches[recording.index(name)] for name in (group[0], group[-1]))
+
+    def inside(branch: BranchRecord) -> bool:
+        return branch.stream == first.stream and first.adds < branch.adds < last.adds
+
+    def names() -> Iterator[str]:
+        for branch in recording.branches:
+            if inside(branch) and branch.kind == "attention" and branch.name not in recording.plan.drop:
+                yield branch.name
+
+    return list(names())

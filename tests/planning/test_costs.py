@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxfuse import Plan
+from fxfuse.errors import OptionError, PlanError, RecordError
+from fxfuse.planning.costs import Costs, Use, measure_costs
+from tests.models.tiny import llama, tokens
+from tests.planning.costs import costs_of
+from tests.planning.recordings import recording
+
+
+class TestSavings:
+    def test_they_add_up(self) -> None:
+        costs = costs_of(recording("afafaf"))
+        assert costs.original == Use(10.0, 6500.0 + 192, 192.0)
+        assert costs.of(Plan(drop=["a0", "f0"])) == Use(7.0, 4500.0 + 128, 128.0)
+        assert costs.of(Plan(linear=["a0"])) == Use(10.0 - 0.75, 6500.0 - 700 + 128, 128.0)
+
+    def test_a_larger_group_than_was_measured_goes_on_saving_what_the_last_member_did(self) -> None:
+        costs = costs_of(recording("fffff"))
+        names = [f"f{k}" for k in range(5)]
+        assert costs.gain(Plan(parallel=[names[:2]])).seconds == pytest.approx(0.5)
+        assert costs.gain(Plan(parallel=[names[:3]])).seconds == pytest.approx(1.25)
+        assert costs.gain(Plan(parallel=[names])).seconds == pytest.approx(1.25 + 2 * 0.75)
+
+    def test_groups_that_are_no_wide_ffn_save_nothing(self) -> None:
+        costs = costs_of(recording("afaf"))
+        assert costs.gain(Plan(parallel=[["a0", "a1"]])) == Use()
+        assert costs.gain(Plan(parallel=[[("a0", "f0"), ("a1", "f1")]])) == Use()
+
+    def test_a_name_without_costs_is_an_error(self) -> None:
+        costs = costs_of(recording("af"), no_map=("a0",))
+        with pytest.raises(PlanError, match="no costs of a branch 'b0'"):
+            costs.of(Plan(drop=["b0"]))
+        with pytest.raises(PlanError, match="none fits"):
+            costs.of(Plan(linear=["a0"]))
+
+
+def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
+    costs = costs_of(recording("afaf"))
+    costs.save(tmp_path / "costs.json")
+    assert Costs.load(tmp_path / "costs.json") == costs
+    (tmp_path / "costs.json").write_text('{"whole": 1')
+    with pytest.raises(RecordError, match="measure them again"):
+        Costs.load(tmp_path / "costs.json")
+
+
+class TestMeasured:
+    @pytest.fixture(scope="class")
+    def costs(self) -> Costs:
+        return measure_costs(llama(3), tokens(2, 8), max_group=2, inner="eager", repeats=1)
+
+    def test_every_branch_has_a_time_and_its_bytes(self, costs: Costs) -> None:
+        model = llama(3)
+        layer = model.model.layers[1]
+        own = costs["model.layers.1.mlp"]
+        weights = [*layer.mlp.parameters(), *layer.post_attention_layernorm.parameters()]
+        assert own.parameters == sum(p.numel() * p.element_size() for p in weights)
+        attention = costs["model.layers.1.self_attn"]
+        key = layer.self_attn.k_proj.weight
+        assert (
+            attention.cache == 2 * 2 * 9 * key.shape[0] * key.element_size()
+        )  # keys, values; 2 sequences; 8 tokens + 1
+        assert attention.linear_parameters < attention.parameters
+        assert [len(branch.groups) for branch in costs.branches] == [0, 1] * 3
+        assert all(branch.seconds > 0 for branch in costs.branches)
+
+    def test_branches_of_one_shape_are_measured_once(self, costs: Costs) -> None:
+        assert len({branch.seconds for branch in costs.branches}) == 2
+
+    def test_the_phase_is_one_of_two(self) -> None:
+        with pytest.raises(OptionError, match="decode or prefill"):
+            measure_costs(llama(1), torch.zeros(1, 4, dtype=torch.int64), "encode")  # type: ignore[arg-type]

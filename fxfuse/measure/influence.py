@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse._torch.compiled import original
+from fxfuse._torch.dynamo import raising
 from fxfuse.backend.frontend import compiled_apart, take
 from fxfuse.data.batches import check_batch, eval_mode, fresh, on_device_of
 from fxfuse.errors import PlanError, RecordError, nearest
@@ -65,7 +66,8 @@ def block_influence(
             given = on_device_of(own, fresh(check_batch(number, batch)))
             mask = given.get("attention_mask")
             counted = mask if isinstance(mask, Tensor) else None
-            compiled(**given)
+            with raising(PlanError):
+                compiled(**given)
     if not tokens:
         raise RecordError("nothing was measured: give at least one batch, and one block")
     return {block: total / tokens for block, total in totals.items()}

@@ -120,7 +120,7 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         fxfuse.heal(broken, DROP, text(), ["fit", "distill"], resume=tmp_path, **options)
     assert_same_weights(broken, before)
-    monkeypatch.setattr(fitting, "solve", None)  # the fit is not made again
+    monkeypatch.setattr(fitting, "best_strength", None)  # the fit is not made again
     fxfuse.heal(broken, DROP, text(), ["fit", "distill"], resume=tmp_path, **options)
 
     assert seen == 6 + 4  # of eight steps four were in the last checkpoint

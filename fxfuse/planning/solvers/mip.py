@@ -20,13 +20,13 @@ from fxfuse.errors import PlanError
 from fxfuse.planning.solvers.exchange import Steps
 from fxfuse.planning.solvers.problem import Limit, Pair, Problem, Solution, infeasible, solution
 
-GAP = 1e-3
+GAP = 0.02
 """Relative distance from the optimum at which the solver stops: predictions are not that good."""
 
 NODES = 100
 """Nodes of the search tree for each solution: a limit that a busy machine does not move, as it does one of time."""
 
-PAIRS = 1000
+PAIRS = 150
 """How many pairs the program has. Steps from its solution to others (:mod:`.exchange`) and comparisons know all."""
 
 
@@ -79,21 +79,26 @@ class _Effort:
 
 @dataclass(frozen=True)
 class _Program:
-    """The arrays of a problem: columns are its candidates, then its pairs."""
+    """The arrays of a problem: columns are its candidates, then its pairs.
+
+    All are in units that make their entries 1 at most, about: the solver's tolerances are absolute, 1e-6, and a branch
+    takes 1e-5 seconds, or 1e9 bytes.
+    """
 
     problem: Problem
     pairs: tuple[Pair, ...]
     objective: NDArray[np.float64]
     structure: LinearConstraint
     limits: tuple[tuple[Limit, NDArray[np.float64], float], ...]
-    """Of each limit its row, and what the row's product with a solution may be."""
+    """Of each limit its row, and what the row's product with a solution may be, in its unit."""
 
     @classmethod
     def of(cls, problem: Problem, most_pairs: int) -> _Program:
         pairs = _likely(problem, most_pairs)
         n, width = len(problem.candidates), len(problem.candidates) + len(pairs)
         terms = [problem.pairs[pair] for pair in pairs]
-        objective = np.array([*(candidate.cost for candidate in problem.candidates), *terms])
+        costs = np.array([*(candidate.cost for candidate in problem.candidates), *terms])
+        objective = costs / (np.abs(costs).max(initial=0.0) or 1.0)
         entries: list[tuple[int, int, float]] = []
         most: list[float] = []
         for numbers in problem.rivals:
@@ -110,7 +115,7 @@ class _Program:
         rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
         matrix = csr_array((values, (rows, columns)), shape=(len(most), width))
         structure = LinearConstraint(matrix, -np.inf, np.array(most))
-        return cls(problem, pairs, objective, structure, tuple(_rows(problem, objective)))
+        return cls(problem, pairs, objective, structure, tuple(_rows(problem, costs)))
 
     def best(self, found: Sequence[Solution], distance: int, effort: _Effort) -> tuple[int, ...] | None:
         """The best choice that differs enough from those found; None if there is none.
@@ -138,7 +143,9 @@ class _Program:
     def least_excess(self) -> NDArray[np.float64]:
         """The choice whose largest relative excess over a limit is least."""
         width = len(self.objective)
-        rows = [np.append(row, -_scale(limit)) for limit, row, _ in self.limits]
+        rows = [
+            np.append(row, -_scale(self.problem, limit) / _unit(self.problem, limit)) for limit, row, _ in self.limits
+        ]
         most = [bound for _, _, bound in self.limits]
         structure = csr_array(self.structure.A)
         structure.resize((structure.shape[0], width + 1))
@@ -183,25 +190,43 @@ def _likely(problem: Problem, most: int) -> tuple[Pair, ...]:
     return tuple(wanted[:most])
 
 
-def _rows(problem: Problem, objective: NDArray[np.float64]) -> list[tuple[Limit, NDArray[np.float64], float]]:
-    """Each limit as a row that a solution's product with may not exceed a number."""
+def _rows(problem: Problem, costs: NDArray[np.float64]) -> list[tuple[Limit, NDArray[np.float64], float]]:
+    """Each limit as a row that a solution's product with may not exceed a number, in the limit's unit."""
     made: list[tuple[Limit, NDArray[np.float64], float]] = []
     for limit in problem.limits:
+        unit = _unit(problem, limit)
         if limit.resource == "kl":
-            made.append((limit, objective, limit.most))
+            made.append((limit, costs / unit, limit.most / unit))
             continue
-        row = np.zeros(len(objective))
-        row[: len(problem.candidates)] = [-getattr(c.gain, limit.resource) for c in problem.candidates]
-        made.append((limit, row, limit.most - getattr(problem.original, limit.resource)))
+        row = np.zeros(len(costs))
+        row[: len(problem.candidates)] = [-getattr(c.gain, limit.resource) / unit for c in problem.candidates]
+        made.append((limit, row, (limit.most - _original(problem, limit)) / unit))
     return made
 
 
-def _scale(limit: Limit) -> float:
-    return max(abs(limit.most), 1e-12)
+def _original(problem: Problem, limit: Limit) -> float:
+    """What the model needs of a resource without edits."""
+    return 0.0 if limit.resource == "kl" else float(getattr(problem.original, limit.resource))
+
+
+def _unit(problem: Problem, limit: Limit) -> float:
+    """What entries of a limit's row are a part of."""
+    return max(_original(problem, limit), abs(limit.most)) or 1.0
+
+
+def _scale(problem: Problem, limit: Limit) -> float:
+    """What an excess over a limit is compared with; the limit, but a limit of nothing excuses nothing."""
+    return max(abs(limit.most), 1e-3 * _unit(problem, limit))
 
 
 def _tightest(program: _Program) -> tuple[Limit, float]:
     """The limit that is furthest off where all are kept as well as may be, and what is needed of it there."""
-    x = program.least_excess()
-    excess = [(limit, limit.most + float(row @ x) - most) for limit, row, most in program.limits]
-    return max(excess, key=lambda each: (each[1] - each[0].most) / _scale(each[0]))
+    x, problem = program.least_excess(), program.problem
+    excess = [
+        (limit, limit.most + (float(row @ x) - most) * _unit(problem, limit)) for limit, row, most in program.limits
+    ]
+    return max(excess, key=lambda limit_and_need: _excess(problem, *limit_and_need))
+
+
+def _excess(problem: Problem, limit: Limit, need: float) -> float:
+    return (need - limit.most) / _scale(problem, limit)

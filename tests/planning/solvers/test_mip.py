@@ -5,6 +5,7 @@ from itertools import chain, combinations
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from fxfuse import Plan
 from fxfuse.errors import OptionError
@@ -39,6 +40,18 @@ def cost(problem: Problem, choice: tuple[int, ...]) -> float:
     return alone + sum(problem.pairs.get(pair, 0.0) for pair in combinations(choice, 2))
 
 
+def in_units(problem: Problem, unit: float) -> Problem:
+    """The same problem, with all its numbers multiplied."""
+
+    def use(given: Use) -> Use:
+        return Use(given.seconds * unit, given.memory * unit, given.cache * unit)
+
+    made = tuple(Candidate(c.edit, c.cost * unit, use(c.gain)) for c in problem.candidates)
+    limits = tuple(Limit(each.resource, each.most * unit, each.name) for each in problem.limits)
+    pairs = {pair: term * unit for pair, term in problem.pairs.items()}
+    return Problem(made, use(problem.original), limits, pairs)
+
+
 class TestAgainstEveryChoice:
     @given(problems())
     def test_the_best_is_found_or_none_is_possible(self, problem: Problem) -> None:
@@ -51,6 +64,13 @@ class TestAgainstEveryChoice:
         assert best.chosen in possible
         assert best.cost == pytest.approx(min(cost(problem, choice) for choice in possible), abs=1e-6)
         assert best.cost == pytest.approx(cost(problem, best.chosen), abs=1e-9)
+
+    @given(problems(7), st.sampled_from((1e-6, 1e9)))
+    def test_in_other_units_it_is_the_same(self, problem: Problem, unit: float) -> None:
+        """Of a branch that takes 1e-6 seconds, or 1e9 bytes: a solver's tolerances know no units."""
+        if choices(problem):
+            (best,), (other,) = (solve(p, gap=0.0, nodes=10**6) for p in (problem, in_units(problem, unit)))
+            assert other.cost == pytest.approx(best.cost * unit, rel=1e-6, abs=1e-9 * unit)
 
     @given(problems(7))
     def test_the_pool_is_the_best_of_what_differs_from_those_before(self, problem: Problem) -> None:

@@ -68,8 +68,12 @@ class TestAgainstEveryChoice:
     @given(problems(7), st.sampled_from((1e-6, 1e9)))
     def test_in_other_units_it_is_the_same(self, problem: Problem, unit: float) -> None:
         """Of a branch that takes 1e-6 seconds, or 1e9 bytes: a solver's tolerances know no units."""
-        if choices(problem):
-            (best,), (other,) = (solve(p, gap=0.0, nodes=10**6) for p in (problem, in_units(problem, unit)))
+        scaled = in_units(problem, unit)
+        if not choices(problem):
+            with pytest.raises(OptionError, match="no plan keeps to the limits"):
+                solve(scaled)
+        else:
+            (best,), (other,) = (solve(each, gap=0.0, nodes=10**6) for each in (problem, scaled))
             assert other.cost == pytest.approx(best.cost * unit, rel=1e-6, abs=1e-9 * unit)
 
     @given(problems(7))

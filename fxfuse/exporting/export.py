@@ -73,7 +73,7 @@ def export(
         CaptureError: the model cannot be traced.
     """
     if format not in FORMATS:
-        raise ExportError(f"unknown format {format!r}{nearest(format, FORMATS)}")
+        raise ExportError(f"unknown format {format!r}{nearest(format, FORMATS, len(FORMATS))}")
     edits = edits_of(plan)
     healed.check(model, edits)
     request = Request(model, edits, example or _example(model), tokenizer, progress, check, options)

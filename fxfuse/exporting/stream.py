@@ -70,7 +70,8 @@ def planned_stream(model: nn.Module, plan: Plan, example: Mapping[str, object]) 
         )
     (captured,) = graphs
     trial, own = captured.copy(), captured.copy()
-    edit(trial.gm, plan, names=trial.names, elsewhere=elsewhere(model, trial.names, plan))  # says if it does not fit
+    gone = elsewhere(model, trial.names, plan)
+    edit(trial.gm, plan, names=trial.names, strict=True, elsewhere=gone)  # says if it does not fit
     edit(own.gm, Plan(), names=own.names)
     streams = find_streams(own.gm, own.names)
     settle(plan.names, streams)

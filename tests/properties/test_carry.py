@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import fx
+from torch import fx, nn
 
 import fxfuse
 from fxfuse.passes import apply_plan, canonical
@@ -66,6 +66,14 @@ def test_it_is_what_would_be_found_anew(spec: s.Model, data: st.DataObject) -> N
 def test_it_is_so_where_sums_take_the_stream_through_casts(dtype: torch.dtype, dropped: tuple[int, ...]) -> None:
     model = Stream(*(Layer(SwiGLU(), add=lambda h, f: h.float() + f) for _ in range(3)))
     traced = trace(ready(model).to(dtype), vectors().to(dtype))
+
+    assert_carried_as_found(traced.gm, lambda names: [names[index] for index in dropped])
+
+
+@pytest.mark.parametrize("dropped", [(0,), (1,), (0, 1)])
+def test_it_is_so_where_ffns_read_the_stream_itself(dropped: tuple[int, ...]) -> None:
+    """Without a norm it is the point of the stream that the projections multiply."""
+    traced = trace(ready(Stream(*(Layer(SwiGLU(), norm=nn.Identity()) for _ in range(3)))), vectors())
 
     assert_carried_as_found(traced.gm, lambda names: [names[index] for index in dropped])
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from itertools import chain, combinations
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,13 @@ class TestAgainstEveryChoice:
         assert best.chosen in possible
         assert best.cost == pytest.approx(min(cost(problem, choice) for choice in possible), abs=1e-6)
         assert best.cost == pytest.approx(cost(problem, best.chosen), abs=1e-9)
+
+    @given(problems(7))
+    def test_the_program_alone_finds_it(self, problem: Problem) -> None:
+        if possible := choices(problem):
+            with mock.patch.object(Steps, "best", lambda self, made, *others: made):
+                (best,) = solve(problem, gap=0.0, nodes=10**6)
+            assert best.cost == pytest.approx(min(cost(problem, choice) for choice in possible), abs=1e-6)
 
     @given(problems(7), st.sampled_from((1e-6, 1e9)))
     def test_in_other_units_it_is_the_same(self, problem: Problem, unit: float) -> None:

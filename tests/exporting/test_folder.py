@@ -112,6 +112,9 @@ def test_what_is_no_format_no_option_or_no_plan_of_the_model_is_said(tmp_path: P
         fxfuse.export(model, PLAN, tmp_path / "out", "nemotron-nas", quantise=True)
     with pytest.raises(PlanError, match="no branch"):
         fxfuse.export(model, fxfuse.Plan(parallel=[["model.layers.1.mlp", "model.layers.9.mlp"]]), tmp_path / "out")
+    for name in ("model.layers.9.self_attn", "lm_head"):  # one of another model, and a module that is no branch
+        with pytest.raises(PlanError, match="no branch"):
+            fxfuse.export(model, fxfuse.Plan(drop=[name]), tmp_path / "out")
     with pytest.raises(ExportError, match="there is no folder"):
         fxfuse.export(model, PLAN, tmp_path / "nowhere" / "out")
     with pytest.raises(ExportError, match="save_pretrained"):

@@ -112,7 +112,7 @@ def contestants(loaded: Loaded, plans: dict[str, fxfuse.Plan], kind: str, scratc
         original = fxfuse.export(loaded.model, fxfuse.Plan(), scratch / f"original-{kind}", form, **options)
     elif not (original := scratch / "original").exists():
         loaded.model.save_pretrained(original)  # type: ignore[operator]  # it is a model of Hugging Face
-        loaded.tokenizer.save_pretrained(original)  # type: ignore[union-attr]
+        loaded.tokenizer.save_pretrained(original)  # type: ignore[union-attr]  # SmolLM2 has a tokenizer
     made = [Contestant(ORIGINAL, original, arguments), Contestant(AGAIN, original, arguments)]
     for name, plan in plans.items():
         try:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 NEW = (2, 38)
 
@@ -71,10 +72,10 @@ def weaken(library: Path) -> None:
             file.write((2).to_bytes(2, "little"))
 
 
-def number(file: object, place: int, size: int) -> int:
+def number(file: IO[bytes], place: int, size: int) -> int:
     """A number of so many bytes at a place of a file."""
-    file.seek(place)  # type: ignore[attr-defined]
-    return int.from_bytes(file.read(size), "little")  # type: ignore[attr-defined]
+    file.seek(place)
+    return int.from_bytes(file.read(size), "little")
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def _name(kind: int, size: int) -> str:
 def _call(parts: Sequence[Part], inputs: Sequence[Sequence[object]], inner: str) -> Callable[[], object]:
     """A call of all ``parts``, which compute the same, as one compiled graph with the inputs of each in turn."""
     with torch.no_grad():
-        compiled = ffnfuse(parts[0].gm, list(inputs[0]), {"plan": Plan(), "inner": inner})  # type: ignore[arg-type]
+        compiled = ffnfuse(parts[0].gm, list(inputs[0]), {"plan": Plan(), "inner": inner})  # type: ignore[arg-type]  # sizes are fixed
 
     def call() -> object:
         with torch.no_grad():

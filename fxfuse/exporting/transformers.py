@@ -149,7 +149,7 @@ def _weights(model: nn.Module, config: Mapping[str, object], trees: Trees) -> di
         skeleton: Any = kind(type(given)(**{k: v for k, v in given.to_dict().items() if k != "fxfuse"}))
     names = {id(tensor): name for name, tensor in skeleton.state_dict(keep_vars=True).items()}
     with torch.device("meta"):
-        planned_edit.edit(skeleton.base_model, config["planned"])  # type: ignore[arg-type]
+        planned_edit.edit(skeleton.base_model, config["planned"])  # type: ignore[arg-type]  # made above
     keys = {name: int(part.key) for name, part in skeleton.named_modules() if hasattr(part, "key")}
     held: dict[str, Tensor] = model.state_dict(keep_vars=True)
     weights: dict[str, Weight] = {}

@@ -70,7 +70,7 @@ class DeciLMModel(LlamaModel):  # type: ignore[misc]  # transformers' classes ha
         self.post_init()
 
 
-class DeciLMForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class DeciLMForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # nor has this one
     """A Llama's causal language model with these layers."""
 
     config_class = DeciLMConfig

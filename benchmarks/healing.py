@@ -81,6 +81,16 @@ def layer_of(name: str) -> int:
     return int(name.split(".")[2])
 
 
+def judged(
+    student: nn.Module, reference: nn.Module, plan: Plan, judges: Mapping[str, Batches]
+) -> dict[str, dict[str, float | None]]:
+    """KL to ``reference``, and perplexity, of ``student`` under ``plan``, on each kind of text."""
+    planned = Planned(student)
+    planned.plan = plan
+    found = {name: fxfuse.evaluate(planned, text, reference=reference) for name, text in judges.items()}
+    return {name: {"kl": metrics.kl, "perplexity": metrics.perplexity} for name, metrics in found.items()}
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Tokens: of each kind of text healed on, of each judged on, recorded, in a sequence."""
@@ -156,10 +166,7 @@ class Bench:
         return grouped(plan, int(pairs or 0))
 
     def judge(self, student: nn.Module, plan: Plan) -> dict[str, dict[str, float | None]]:
-        planned = Planned(student)
-        planned.plan = plan
-        judged = {name: fxfuse.evaluate(planned, text, reference=self.model) for name, text in self.judges.items()}
-        return {name: {"kl": metrics.kl, "perplexity": metrics.perplexity} for name, metrics in judged.items()}
+        return judged(student, self.model, plan, self.judges)
 
     def row(self, plan: str, how: str) -> dict[str, Any]:
         """The row, made now if it is not there yet."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from healing import Batches, docstrings, licences, measured
+from healing import Batches, docstrings, judged, licences
 from torch import nn
 
 import fxfuse
@@ -158,12 +158,12 @@ def _row(
     if plan is None:
         print(f"{target:6.0%} {name:24} does not reach it", flush=True)
         return {"target": target, "solver": name, "plan": None}
-    before = measured(model, model, plan, judges)
+    before = judged(model, model, plan, judges)
     after = None
     if heal_on:
         student = copy.deepcopy(model)
         fxfuse.heal(student, plan, heal_on, "fit", progress=True)
-        after = measured(student, model, plan, judges)
+        after = judged(student, model, plan, judges)
     share = costs.of(plan).seconds / costs.whole
     numbers = [f"{kl['near']['kl']:8.4f}, {kl['far']['kl']:8.4f}" if kl else "" for kl in (before, after)]
     print(f"{target:6.0%} {name:24} {share:6.1%}  {numbers[0]:>18}  {numbers[1]:>18}  {shape(plan)}", flush=True)

@@ -20,10 +20,14 @@ from torch._dynamo.exc import Unsupported as Unsupported
 from torch._dynamo.types import GuardFilterEntry as GuardFilterEntry
 from torch._dynamo.utils import counters
 from torch._logging._internal import trace_structured
+from torch.torch_version import TorchVersion
 
 # Unsupported: only its subclasses make Dynamo break a graph. GuardFilterEntry: what torch.compile's public option
 # guard_filter_fn is given. get_eval_frame_callback: the compiled call that is running, if there is one, which nothing
 # public tells; a function of C, as Dynamo would compile one of ours.
+
+GUARDS_SEE_STRIDES = TorchVersion(torch.__version__) >= (2, 13)
+"""Whether a parameter that gets other strides makes Dynamo compile anew. It did not in 2.11.0, and does in 2.13.0."""
 
 _LIMIT = 64
 """Recompilations of one frame: generous enough for a ``generate`` of mixed lengths, which takes about 8 graphs."""

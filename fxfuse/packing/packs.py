@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import Protocol, TypeAlias
@@ -17,24 +17,31 @@ import torch
 from torch import Tensor
 
 from fxfuse._torch.autograd import same_version
+from fxfuse._torch.dynamo import GUARDS_SEE_STRIDES
 from fxfuse._torch.sources import mark_static_address
 from fxfuse.packing.fingerprint import Fingerprint, capturing
 from fxfuse.packing.recipe import Part, Recipe
 from fxfuse.packing.strategy import Weights, strategy_of
 
-Stamp: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+Stamp: TypeAlias = tuple[tuple[Hashable, ...], tuple[int, ...]]
 _clock = time.perf_counter
 _FIRST_AUDIT = 1.0  # seconds after packs were put to use
-_address = Tensor.data_ptr
+
+
+def _address_and_strides(member: Tensor) -> Hashable:
+    return member.data_ptr(), member.stride()
+
+
+_place: Callable[[Tensor], Hashable] = Tensor.data_ptr if GUARDS_SEE_STRIDES else _address_and_strides
 _version: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def stamp(members: Sequence[Tensor]) -> Stamp:
-    """What changes when a member does: addresses and versions. Inference tensors have no version."""
+    """What changes when a member does: places and versions. Inference tensors have no version."""
     try:
-        return tuple(map(_address, members)), tuple(map(_version, members))
+        return tuple(map(_place, members)), tuple(map(_version, members))
     except RuntimeError:
-        return tuple(map(_address, members)), tuple(map(_version_if_any, members))
+        return tuple(map(_place, members)), tuple(map(_version_if_any, members))
 
 
 def _version_if_any(member: Tensor) -> int:

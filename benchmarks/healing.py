@@ -30,7 +30,8 @@ from typing import Any
 
 import torch
 from healing_peers import linear_maps, nbl, skip
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import Plan
@@ -126,8 +127,24 @@ class Bench:
         return {
             "documentation": self.batches(python_documentation("record"), self.sizes.heal),
             "docstrings": self.batches(docstrings(), self.sizes.heal),
-            "own": written_by(self.model, self.sizes.heal, self.sizes.length, progress=True),
+            "own": self.own,
         }
+
+    @cached_property
+    def own(self) -> Batches:
+        """Text that the model has written, once for all runs."""
+        path = self.path.with_suffix(".own.safetensors")
+        if not path.exists():
+            written = written_by(self.model, self.sizes.heal, self.sizes.length, progress=True)
+            rows = {
+                f"{number:04}.{name}": value for number, batch in enumerate(written) for name, value in batch.items()
+            }
+            write_atomically(path, save({name: value for name, value in rows.items() if isinstance(value, Tensor)}))
+        batches: dict[str, dict[str, object]] = {}
+        for key, value in load_file(path).items():
+            number, _, name = key.partition(".")
+            batches.setdefault(number, {"use_cache": False})[name] = value
+        return [batches[number] for number in sorted(batches)]
 
     @cached_property
     def recording(self) -> fxfuse.Recording:

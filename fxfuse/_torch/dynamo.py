@@ -26,7 +26,7 @@ from torch.torch_version import TorchVersion
 # guard_filter_fn is given. get_eval_frame_callback: the compiled call that is running, if there is one, which nothing
 # public tells; a function of C, as Dynamo would compile one of ours.
 
-GUARDS_SEE_STRIDES = TorchVersion(torch.__version__) >= (2, 13)
+GUARDS_SEE_STRIDES = TorchVersion(torch.__version__) >= "2.13"
 """Whether a parameter that gets other strides makes Dynamo compile anew. It did not in 2.11.0, and does in 2.13.0."""
 
 _LIMIT = 64

@@ -1,14 +1,19 @@
-"""The time of every branch of a model: alone, as a linear map, and in groups that are one wide FFN.
+"""The time of every branch of a model: in the model, as a linear map, and in groups that are one wide FFN.
 
-Branches of equal shapes are compiled and measured once, as a part of the model's own graph (:mod:`fxfuse.bench.parts`),
-and called with the weights of all of them in turn: no cache holds those, as none does when the model itself runs.
+What a branch takes in the model is what a call takes less without every second one of its kind: it takes more there
+than by itself, because others use the caches too, and the memory that it writes is fresh.
+
+Branches of equal shapes are compiled and measured once by themselves, as a part of the model's own graph
+(:mod:`fxfuse.bench.parts`), and called with the weights of all of them in turn: no cache holds those, as none does when
+the model itself runs. That tells what a linear map takes, and what a group does beside its members.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,14 +27,16 @@ from fxfuse.bench.parts import Cutter, Part
 from fxfuse.bench.prefill_decode import SAMPLE, Program, decode_step, filled_cache
 from fxfuse.bench.timing import Samples, clock_of, interleave
 from fxfuse.data.batches import cache_keyword, eval_mode
-from fxfuse.errors import CaptureError, OptionError, PlanError
-from fxfuse.model.pruning import APART
+from fxfuse.errors import CaptureError, OptionError, PlanError, PruneError
+from fxfuse.model.pruning import APART, prune
 from fxfuse.plan import Plan
 from fxfuse.stream.branch import Branch
 
 Phase: TypeAlias = Literal["decode", "prefill"]
 
 WHOLE, AGAIN = "the whole model", "again"
+
+_DROPPED = ("attention", "gated_ffn", "ffn", "moe")
 
 PACKED_BYTES = 2**29
 """Groups of one size share no weights, and are called in turn until their packed weights take so much."""
@@ -41,9 +48,10 @@ class BranchTime:
 
     Attributes:
         name: of the branch.
-        seconds: that it takes by itself.
+        seconds: that the call takes less without it.
         linear: that one linear map takes in its place; None of what is no attention, or has no map that fits.
-        groups: that 2, 3, ... branches of its shapes take as one group, whose FFNs are one wide FFN; empty of all else.
+        groups: that 1, 2, 3, ... branches of its shapes take as one group, whose FFNs are one wide FFN, by itself;
+            empty of all else.
         parameters: bytes of its weights.
         linear_parameters: of the weights that a linear map keeps.
         cache: bytes of the KV cache that it keeps in this call.
@@ -116,10 +124,15 @@ def time_branches(
         maps = _linear(kinds, copies)
         wanted = _wanted(cutter, kinds, maps, max_group)
         calls = _calls(wanted, inner, progress)
-        calls[WHOLE] = _whole(own, ids, phase, inner)
+        calls[WHOLE] = _whole(own, Plan(), ids, phase, inner)
+        fewer = {number: plan for number, branches in enumerate(kinds) if (plan := _half(branches))}
+        calls |= {
+            _fewer(number): _whole(_without(own, plan), plan, ids, phase, inner) for number, plan in fewer.items()
+        }
         samples = interleave(calls, repeats, SAMPLE, clock_of(ids.device), "branches" if progress else "")
     counts = {name: len(parts) for name, (_, parts) in wanted.items()}
-    return _result(cutter, kinds, maps, samples, counts)
+    left_out = {number: len(plan.drop) for number, plan in fewer.items()}
+    return _result(cutter, kinds, maps, samples, counts, left_out)
 
 
 def _captured(model: nn.Module, ids: Tensor, phase: Phase) -> Captured:
@@ -213,8 +226,30 @@ def _call(parts: Sequence[Part], inputs: Sequence[Sequence[object]], inner: str)
     return call
 
 
-def _whole(model: nn.Module, ids: Tensor, phase: Phase, inner: str) -> Callable[[], object]:
-    program: Program = torch.compile(twin(model), backend=inner, dynamic=False, **APART)
+def _half(branches: Sequence[Branch]) -> Plan:
+    """Every second one dropped, so that the first of all stays, whose KV cache the model counts tokens by."""
+    known = [branch for branch in branches if branch.kind in _DROPPED]
+    return Plan(drop=[branch.name for branch in known[1::2]])
+
+
+def _fewer(kind: int) -> str:
+    return f"the model without half of kind {kind}"
+
+
+def _without(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy that shares all weights, and what the plan drops has left, if that is modules: as users would have it."""
+    shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    lighter = copy.deepcopy(model, shared)
+    try:
+        return prune(lighter, plan)
+    except PruneError:
+        return lighter  # the plan drops it from the graph alone, and its KV cache stays
+
+
+def _whole(model: nn.Module, plan: Plan, ids: Tensor, phase: Phase, inner: str) -> Callable[[], object]:
+    options: Any = {"plan": plan, "inner": inner}  # torch types the values of inductor's options
+    how = {"backend": "ffnfuse", "options": options} if plan else {"backend": inner}
+    program: Program = torch.compile(twin(model), dynamic=False, **how, **APART)
     if phase == "decode":
         step = decode_step(program, filled_cache(model, ids), ids[:, -1:])
     else:
@@ -240,22 +275,28 @@ def _result(
     maps: Cutter | None,
     samples: Samples,
     counts: Mapping[str, int],
+    fewer: Mapping[int, int],
 ) -> BranchTimes:
-    """``counts`` says how many parts one call of a name computes."""
+    """``counts`` says how many parts one call of a name computes, ``fewer`` how many of a kind one did without."""
     linear = {} if maps is None else _by_name(maps)
     found: dict[str, BranchTime] = {}
 
     def seconds(name: str) -> float:
         return samples.median(name) / counts[name]
 
+    def in_model(kind: int) -> float:
+        if kind not in fewer:
+            return seconds(_name(kind, 1))
+        return (1 - samples.ratio(_fewer(kind), WHOLE)) * samples.median(WHOLE) / fewer[kind]
+
     for kind, branches in enumerate(kinds):
         has_map = _name(kind, 0) in counts
-        sizes = (size for size in range(2, len(branches) + 1) if _name(kind, size) in counts)
-        groups = tuple(seconds(_name(kind, size)) for size in sizes)
+        sizes = [size for size in range(2, len(branches) + 1) if _name(kind, size) in counts]
+        groups = tuple(seconds(_name(kind, size)) for size in ([1, *sizes] if sizes else []))
         for branch in branches:
             found[branch.name] = BranchTime(
                 name=branch.name,
-                seconds=seconds(_name(kind, 1)),
+                seconds=in_model(kind),
                 linear=seconds(_name(kind, 0)) if has_map else None,
                 groups=groups,
                 parameters=cutter.parameter_bytes(branch),

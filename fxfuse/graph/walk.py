@@ -107,12 +107,16 @@ class Walk:
         own = {node: value for node in again.changed if isinstance(value := self.values[node], Tensor)}
         return dict(self._route.program.rerun(again, self.values, {**own, **weights}))
 
-    def leave(self, weights: Mapping[fx.Node, Tensor]) -> None:
-        """Decide for ``weights`` and those that are there, and let go of what was only looked at."""
+    def leave(self, weights: Mapping[fx.Node, Tensor], instead: Mapping[fx.Node, Tensor] | None = None) -> None:
+        """Decide for ``weights`` and those that are there, and let go of what was only looked at.
+
+        ``instead`` are values that stand for what was decided.
+        """
         if self._route.stages[self._stage].again is not None:
             made = self.attempt(weights)
             self.values.update(weights)
             self.values.update(made)
+        self.values.update(instead or {})
         self._forget(len(self._route.parts[self._stage]))
         self._stage += 1
 

@@ -33,6 +33,9 @@ from fxfuse.model.force import uncompiled
 from fxfuse.model.healed import healed_for
 from fxfuse.plan import Plan
 
+HELD_OUT = 0.2
+"""Share of the batches that chooses and decides, and is not fitted to."""
+
 OWN_TOKENS = 16_384
 """How much a model writes that is healed on text of its own."""
 
@@ -89,7 +92,7 @@ def heal(
     method: Method | Sequence[Method] = "fit",
     *,
     weights: Mapping[str, float] | None = None,
-    held_out: float = 0.2,
+    held_out: float = HELD_OUT,
     minutes: float | Mapping[str, float] | None = None,
     block: int = 8192,
     training: Training = Training(),  # noqa: B008 - it is frozen

@@ -21,7 +21,7 @@ from fxfuse.healing.course import Distillation, learn
 from fxfuse.healing.fit import fit_step
 from fxfuse.healing.local import Training, train_step
 from fxfuse.healing.mapped import Mapped
-from fxfuse.healing.pair import pairs
+from fxfuse.healing.pair import Stops, pairs
 from fxfuse.healing.stages import Stage, weighed
 from fxfuse.healing.state import State, digest_text
 from fxfuse.healing.steps import Improve, Outcome, Sample, front_to_back
@@ -104,13 +104,13 @@ def treat(patient: Patient, method: Method, ways: Ways, start: Mapping[str, Tens
     """
     if method == "distill":
         return _distil(patient, ways, start, until)
-    improves: dict[str, tuple[Improve, str]] = {
-        "fit": (partial(fit_step, block=ways.block), str(ways.block)),
-        "local": (partial(train_step, training=ways.training), str(ways.training)),
+    improves: dict[str, tuple[Improve, Stops, str]] = {
+        "fit": (partial(fit_step, block=ways.block), "sums", str(ways.block)),
+        "local": (partial(train_step, training=ways.training), "regions", str(ways.training)),
     }
-    improve, settings = improves[method]
+    improve, at, settings = improves[method]
     with eval_mode(patient.original, patient.planned.model), uncompiled(patient.original), originals_forbidden():
-        samples = _samples(patient, method, start)
+        samples = samples_of(patient, at, start)
         begun = f"{settings} from {digest_batch(start)}"  # what a method makes depends on those before it
         place = None if ways.resume is None else ways.resume / method
         state = None if place is None else State(place, patient.original, patient.plan, patient.text, begun)
@@ -118,14 +118,19 @@ def treat(patient: Patient, method: Method, ways: Ways, start: Mapping[str, Tens
     return Treated(weights, frozenset(name for step in samples[0].pair.steps for name in step.anew), tuple(outcomes))
 
 
-def _samples(patient: Patient, method: Method, start: Mapping[str, Tensor]) -> list[Sample]:
+def samples_of(patient: Patient, at: Stops, start: Mapping[str, Tensor]) -> list[Sample]:
+    """All batches at the start of both models, which stop ``at`` such steps.
+
+    Raises:
+        HealError: there is no such step.
+    """
     marked = [(kind, held, batch) for kind in patient.text for held in (False, True) for batch in kind.part(held)]
     batches = [batch for _, _, batch in marked]
-    made = pairs(patient.original, patient.plan, batches, start, method == "local", patient.planned.model)
+    made = pairs(patient.original, patient.plan, batches, start, at, patient.planned.model)
     if not made[0].steps:
         raise HealError(
-            f"nothing in the model can be healed by {method!r}: after the first edit no branch writes to the stream by "
-            "a linear map that can be fitted (a norm may follow it). 'local' and 'distill' train what there is"
+            f"nothing in the model can be healed at its {at}: after the first edit no branch writes to the stream by a "
+            "linear map that can be fitted (a norm may follow it). 'local' and 'distill' train what there is"
         )
     for pair, (kind, _, _) in zip(made, marked, strict=True):
         pair.weight = kind.weight

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,13 +22,16 @@ from fxfuse.errors import CaptureError, HealError, PlanError, nearest
 from fxfuse.graph.rerun import Program
 from fxfuse.graph.walk import Route, Stage, Walk
 from fxfuse.healing.behind_norms import steps_behind_norms
-from fxfuse.healing.targets import Step, find_targets, map_steps, region_steps
+from fxfuse.healing.targets import Step, find_targets, linear_steps, map_steps, region_steps
 from fxfuse.measure.divergence import rows
 from fxfuse.measure.instrument import scaled
 from fxfuse.model.force import uncompiled
 from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
 from fxfuse.stream.finder import ResidualStream, find_streams
+
+Stops: TypeAlias = Literal["sums", "regions", "linear"]
+"""Where both models stop; see :func:`pairs`."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,15 @@ class Pair:
         return goal.to(torch.promote_types(goal.dtype, torch.float32)) / math.sqrt(self.weight)
 
     def _goal(self) -> Tensor:
+        return rows(self._whole_goal(), self._counted)
+
+    def _whole_goal(self) -> Tensor:
+        """With the tokens that do not count, in the shape of the stream."""
         goal = self._original.values[self.step.goal]
         assert isinstance(goal, Tensor)
         for term in self.step.absent:
             goal = goal - scaled(term, self._original.values)
-        return rows(goal, self._counted)
+        return goal
 
     def stream(self, weights: Mapping[str, Tensor]) -> Tensor:
         """What it is with some of the step's ``weights`` replaced, ``[tokens, d]``."""
@@ -106,8 +114,15 @@ class Pair:
 
     def leave(self, weights: Mapping[str, Tensor]) -> None:
         """Go on with these weights."""
+        self._leave(weights, {})
+
+    def return_to_goal(self) -> None:
+        """Go on with the stream as it should be, as if nothing had been changed until here."""
+        self._leave({}, {self.step.out: self._whole_goal()})
+
+    def _leave(self, weights: Mapping[str, Tensor], instead: Mapping[fx.Node, Tensor]) -> None:
         self._original.leave({})
-        self._planned.leave(self._by_node(weights))
+        self._planned.leave(self._by_node(weights), instead)
         self._number += 1
 
     def weights(self) -> dict[str, Tensor]:
@@ -128,7 +143,7 @@ def pairs(
     plan: Plan,
     batches: Sequence[Batch],
     weights: Mapping[str, Tensor] | None = None,
-    regions: bool = False,
+    at: Stops = "sums",
     planned: nn.Module | None = None,
 ) -> list[Pair]:
     """Each batch at the start of both models. Nothing is computed yet; a pair keeps its inputs.
@@ -138,7 +153,8 @@ def pairs(
         plan: what the planned model follows.
         batches: what both are called with.
         weights: that the planned model has in place of its own, by name.
-        regions: let a step be all that changes the stream up to an FFN, with all its parameters, and not a sum.
+        at: where they stop: at all sums with maps that can be fitted; at the ends of "regions", where a step is all
+            that changes the stream up to an FFN, with all its parameters; or at the attentions made "linear" alone.
         planned: what runs under the plan; None for the original itself.
 
     Raises:
@@ -154,7 +170,7 @@ def pairs(
     for batch, one, other in zip(batches, originals, others, strict=True):
         key = id(one.traced), id(other.traced)
         if key not in known:
-            known[key] = _graphs(one.traced, other.traced.captured, plan, student, regions)
+            known[key] = _graphs(one.traced, other.traced.captured, plan, student, at)
         own = other.traced.captured.names
         names = [own.get(node, "") for node in other.traced.captured.gm.graph.find_nodes(op="placeholder")]
         healed = [(weights or {}).get(name, value) for name, value in zip(names, other.inputs, strict=True)]
@@ -215,7 +231,7 @@ def _calls(model: nn.Module, batches: Sequence[Batch]) -> list[_Call]:
     return made
 
 
-def _graphs(original: _Traced, captured: Captured, plan: Plan, student: nn.Module, regions: bool) -> _Graphs:
+def _graphs(original: _Traced, captured: Captured, plan: Plan, student: nn.Module, at: Stops) -> _Graphs:
     planned = captured.copy()
     edit(planned.gm, plan, names=planned.names, strict=True, elsewhere=elsewhere(student, planned.names, plan))
     known = {branch.name for stream in original.streams for branch in stream.branches}
@@ -225,8 +241,10 @@ def _graphs(original: _Traced, captured: Captured, plan: Plan, student: nn.Modul
             "already, heal the original first, then apply the plan"
         )
     targets = find_targets(planned, original.streams, plan)
-    if regions:
+    if at == "regions":
         steps = region_steps(planned, targets)
+    elif at == "linear":
+        steps = linear_steps(planned, targets, plan)
     else:
         order = {node: index for index, node in enumerate(planned.gm.graph.nodes)}
         inner = steps_behind_norms(planned, original.bare, original.streams, plan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -115,6 +115,15 @@ def map_steps(planned: Captured, targets: Sequence[Target], plan: Plan) -> tuple
         if maps and target.clear:
             names, out = tuple(target.maps), target.sum.out
             steps.append(Step(names, maps, refused, out, weights, target.goal, target.absent, anew))
+    return tuple(steps)
+
+
+def linear_steps(planned: Captured, targets: Sequence[Target], plan: Plan) -> tuple[Step, ...]:
+    """A step for each attention that is made linear and whose map can be fitted, with that map alone."""
+    steps: list[Step] = []
+    for target in targets:
+        own = {name: each for name, each in target.maps.items() if name in plan.linear}
+        steps += map_steps(planned, [replace(target, maps={name: each}) for name, each in own.items()], plan)
     return tuple(steps)
 
 

@@ -34,13 +34,13 @@ def edits(recording: Recording, costs: Costs, *, max_group: int = 4, linear: boo
     """What may be done to the branches that the recorded plan leaves alone, each edit as a plan of its own.
 
     Drops of attentions, FFNs and experts; attentions made linear; and intervals: up to ``max_group`` FFNs that follow
-    each other once the attentions between them are gone.
+    each other once the attentions between them are gone, if one wide FFN takes less time than they do.
 
     Args:
         recording: of the model.
         costs: which tell what a linear map fits.
         max_group: FFNs in a group.
-        linear: whether attentions may be made linear. Unhealed their maps are no better than a drop.
+        linear: whether attentions may be made linear, which takes text to fit their maps on.
     """
     free = [branch for branch in recording.branches if branch.name not in recording.plan.names]
     attentions = [branch.name for branch in free if branch.kind == "attention"]
@@ -51,7 +51,8 @@ def edits(recording: Recording, costs: Costs, *, max_group: int = 4, linear: boo
         for start in range(len(run)):
             for end in range(start + 2, min(start + max_group, len(run)) + 1):
                 group = run[start:end]
-                made.append(Plan(drop=_between(recording, group), parallel=[group]))
+                if costs.gain(Plan(parallel=[group])).seconds > 0:
+                    made.append(Plan(drop=_between(recording, group), parallel=[group]))
     return tuple(made)
 
 

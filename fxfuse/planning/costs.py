@@ -114,7 +114,7 @@ class Costs:
     def _saved(self, group: Group) -> float:
         """Seconds that a group saves."""
         members = [self[member] for member in group if isinstance(member, str)]
-        if len(members) < len(group) or not all(member.groups for member in members):
+        if len(members) < len(group) or not all(len(member.groups) > 1 for member in members):
             return 0.0
         return sum(_saved(member, len(group)) for member in members) / len(members)
 
@@ -143,11 +143,11 @@ class Costs:
 
 def _saved(branch: BranchTime, size: int) -> float:
     """Seconds that ``size`` branches like this one save as one group."""
-    times = (branch.seconds, *branch.groups)
+    times = branch.groups
     if size <= len(times):
-        return size * branch.seconds - times[size - 1]
-    last = branch.seconds - (times[-1] - times[-2])
-    return len(times) * branch.seconds - times[-1] + (size - len(times)) * last
+        return size * times[0] - times[size - 1]
+    last = times[0] - (times[-1] - times[-2])
+    return len(times) * times[0] - times[-1] + (size - len(times)) * last
 
 
 def measure_costs(

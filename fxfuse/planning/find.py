@@ -1,6 +1,7 @@
 """Find a plan that reaches targets: a pool of solutions, each measured truly, perhaps healed, bettered by exchanges.
 
-1. Each edit is measured by itself: its KL, and its change of the logits (:mod:`fxfuse.planning.changes`).
+1. Each edit is measured by itself: its KL, and its change of the logits (:mod:`fxfuse.planning.changes`). A linear map
+   in an attention's place is fitted before, by itself (:mod:`fxfuse.healing.alone`), as Puzzle distils its blocks.
 2. A mixed-integer program gives several different choices that reach the targets (:mod:`fxfuse.planning.solvers`).
 3. Each is measured; the best are healed by a short fit and measured again, because healing changes the choice.
 4. From the best one, single edits are exchanged for others, those of the least predicted cost first.
@@ -25,7 +26,10 @@ from fxfuse._torch.compiled import original
 from fxfuse._torch.dynamo import originals_forbidden
 from fxfuse.data.batches import Batch, Model, eval_mode
 from fxfuse.errors import HealError, NotFiniteError, OptionError, PlanError
-from fxfuse.healing.heal import heal
+from fxfuse.healing.alone import Maps, maps_alone
+from fxfuse.healing.heal import HELD_OUT, heal
+from fxfuse.healing.stages import count_tokens
+from fxfuse.healing.text import kinds
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.measure.planned import Planned
 from fxfuse.measure.recording import Recording
@@ -55,6 +59,8 @@ class Effort:
         healed: how many of them, the best, are healed.
         patience: after how many exchanges that better nothing the search ends.
         minutes: after which no new exchange begins; None has no such limit.
+        heal_tokens: how many tokens of each kind of text a plan is healed on here, at least; it takes whole batches. A
+            fit on more text is better, and ranks plans alike.
 
     Raises:
         OptionError: a number out of range.
@@ -65,9 +71,10 @@ class Effort:
     healed: int = 3
     patience: int = 6
     minutes: float | None = None
+    heal_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("max_group", "pool", "healed"):
+        for name in ("max_group", "pool", "healed", "heal_tokens"):
             check_count(name, getattr(self, name))
         if not isinstance(self.patience, int) or self.patience < 0:
             raise OptionError(f"patience is a number of exchanges, 0 or more, not {self.patience!r}")
@@ -95,8 +102,8 @@ def find_plan(
             the model says to them (:class:`fxfuse.planning.meter.Answers`).
         targets: what to reach.
         costs: of the branches (:func:`fxfuse.planning.costs.measure_costs`).
-        heal_on: text to heal the best plans on, as :func:`fxfuse.heal` takes it; then linear maps are edits, too, and
-            the KL that counts is that of the healed model.
+        heal_on: text to heal the best plans on, as :func:`fxfuse.heal` takes it; then linear maps are edits, too, which
+            are fitted on it before they are measured, and the KL that counts is that of the healed model.
         effort: how long to look.
         resume: a file that keeps what was measured; an interrupted search goes on from it. Remove it when done.
         progress: show on stderr how far it is.
@@ -110,12 +117,14 @@ def find_plan(
         raise OptionError("give a target: target_latency=0.8, max_memory or max_kv_bytes (bytes)")
     own = original(model)
     recording.check(own)
-    given, kinds = list(batches), dict(heal_on or {})
-    state = State(resume, recording.model, given)
+    given = list(batches)
+    short = {kind: _first(text, effort.heal_tokens) for kind, text in (heal_on or {}).items()}
+    state = State(resume, recording.model, given, healed_on(short))
     started = time.monotonic()
     with eval_mode(own), uncompiled(own), originals_forbidden():
-        search = _Searching(recording, own, given, kinds, state, progress)
-        wanted = edits(recording, costs, max_group=effort.max_group, linear=bool(kinds))
+        search = _Searching(recording, own, given, short, state, progress)
+        wanted = edits(recording, costs, max_group=effort.max_group, linear=bool(short))
+        search.fit([edit for edit in wanted if edit.linear])
         changes = search.changes(wanted)
         problem = Problem(
             candidates(costs, changes.kl), costs.of(recording.plan), targets.limits(costs), changes.pairs()
@@ -131,6 +140,17 @@ def find_plan(
         )
     why = (*recording.plan.why, *decisions(recording, costs, changes.kl, best))
     return Search(best.plan.model_copy(update={"why": why}), tuple(order), changes.kl, costs)
+
+
+def _first(text: Iterable[Batch], tokens: int) -> Sequence[Batch]:
+    """As many batches as hold ``tokens``, and at least two, because one is held out."""
+    taken, count = list[Batch](), 0
+    for batch in text:
+        if count >= tokens and len(taken) > 1:
+            break
+        taken.append(batch)
+        count += count_tokens(batch)
+    return taken
 
 
 Choice: TypeAlias = tuple[int, ...]
@@ -153,6 +173,13 @@ class _Searching:
         self._heal_on, self._state, self._progress = heal_on, state, progress
         self._planned, self._text = Planned(model), healed_on(heal_on)
         self._answers = Answers(model, batches)
+        self._maps: Maps = {}
+
+    def fit(self, wanted: Sequence[Plan]) -> None:
+        """Fit the linear maps of these edits, each by itself."""
+        if wanted:
+            plan = together(self._recording, wanted)
+            self._maps = maps_alone(self._model, plan, kinds(self._heal_on, HELD_OUT, list), progress=self._progress)
 
     def changes(self, wanted: Sequence[Plan]) -> Changes:
         """What each edit does by itself, to the model as it was recorded."""
@@ -219,7 +246,8 @@ class _Searching:
 
     def _trial(self, problem: Problem, choice: Choice, step: str) -> Trial:
         plan = together(self._recording, (problem.candidates[number].edit for number in choice))
-        kl = self._known(plan.digest, lambda: self._kl(self._under(plan)))
+        fitted = f" with maps of {self._text}" if self._maps.keys() & set(plan.linear) else ""
+        kl = self._known(f"{plan.digest}{fitted}", lambda: self._kl(self._under(plan)))
         return Trial(plan, problem.cost(choice), kl, None, problem.use(choice), step)
 
     def _healed(self, trial: Trial) -> Trial:
@@ -245,6 +273,7 @@ class _Searching:
 
     def _under(self, plan: Plan) -> Planned:
         self._planned.plan = plan
+        self._planned.weights = {k: value for name in plan.linear for k, value in self._maps.get(name, {}).items()}
         return self._planned
 
     def _kl(self, planned: Planned) -> float:

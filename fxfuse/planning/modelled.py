@@ -97,7 +97,7 @@ class _There:
         if branch.ffn is not None and branch.ffn.gated:
             layer = Layer(d, branch.ffn.projections[0].width, self._tokens, self._tp, self._dtype)
             alone = sequential(layer, 1, self.gpu).seconds
-            groups = tuple(fused(layer, size, self.gpu).seconds for size in range(2, max_group + 1))
+            groups = (alone, *(fused(layer, size, self.gpu).seconds for size in range(2, max_group + 1)))
             return BranchTime(branch.name, alone, None, groups, bytes_, 0, 0)
         per_token = cutter.cache_bytes(branch) / TRACED / item * self._dtype.itemsize
         cache = round(per_token * self._batch * (self._context + (self._phase == "decode")))

@@ -20,15 +20,16 @@ from fxfuse.measure.resume import digest_batch
 from fxfuse.plan import Plan
 from fxfuse.planning.changes import Changes
 
-FORMAT = "fxfuse-search-1"
+FORMAT = "fxfuse-search-2"
 
 EVERY = 10.0
 """Seconds between two writes."""
 
 
 def healed_on(text: Mapping[str, Sequence[Batch]]) -> str:
-    """What tells one text to heal on from another."""
-    return _digest({kind: [digest_batch(batch) for batch in batches] for kind, batches in text.items()})
+    """What tells one text to heal on from another; empty if there is none."""
+    own = {kind: [digest_batch(batch) for batch in batches] for kind, batches in text.items()}
+    return _digest(own) if own else ""
 
 
 def _digest(value: object) -> str:
@@ -42,14 +43,18 @@ class State:
         path: of the file; None keeps the state in memory alone.
         model: the recording's digest of the model.
         batches: what is measured on.
+        text: tells what linear maps were fitted on; measured with others, edits with such maps are forgotten.
 
     Raises:
         RecordError: the file is damaged, or the state of another search.
         FxfuseError: it could not be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, model: Mapping[str, str], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, model: Mapping[str, str], batches: Sequence[Batch], text: str
+    ) -> None:
         self._path = None if path is None else Path(path)
+        self._text = text
         self._of = _digest([dict(model), [digest_batch(batch) for batch in batches]])
         self.changes = Changes.empty()
         self.kl: dict[str, float] = {}
@@ -71,7 +76,11 @@ class State:
             raise RecordError(f"{str(path)!r} is no state of a search ({error}): {again}") from error
         if header["of"] != self._of:
             raise RecordError(f"{str(path)!r} is the state of a search with another model, or other text: {again}")
-        self.changes, self.kl = Changes(edits, vectors), kl
+        self.kl = kl
+        self._text = self._text or header["text"]
+        rows = [row for row, edit in enumerate(edits) if not edit.linear or header["text"] == self._text]
+        known = list(edits.items())
+        self.changes = Changes(dict(known[row] for row in rows), vectors[rows]) if rows else Changes.empty()
 
     def keep_changes(self, changes: Changes) -> None:
         """Note the changes of edits."""
@@ -91,7 +100,7 @@ class State:
         if self._path is None or time.monotonic() - self._written < every:
             return
         edits = [(json.loads(edit.to_json()), kl) for edit, kl in self.changes.kl.items()]
-        header = json.dumps({"of": self._of, "edits": edits, "kl": self.kl})
+        header = json.dumps({"of": self._of, "text": self._text, "edits": edits, "kl": self.kl})
         vectors = self.changes.vectors.contiguous() if self.changes.kl else torch.zeros(0, 0, dtype=torch.float16)
         write_atomically(self._path, save({"vectors": vectors}, {FORMAT: header}))
         self._written = time.monotonic()

@@ -51,7 +51,7 @@ def test_in_the_sums_of_the_fit() -> None:
 
 def test_in_the_loss_of_a_region() -> None:
     def at_first_region(weight: float) -> list[Pair]:
-        made = pairs(trained(), DROP, text(8), regions=True)
+        made = pairs(trained(), DROP, text(8), at="regions")
         for pair in made:
             pair.weight = weight
             pair.reach()

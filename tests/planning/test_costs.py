@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from fxfuse import Plan
+from fxfuse.bench import branches as module
+from fxfuse.bench.timing import Samples
 from fxfuse.errors import OptionError, PlanError, RecordError
 from fxfuse.planning.costs import Costs, Use, measure_costs
-from tests.models.tiny import llama, tokens
+from tests.models.checks import assert_exact
+from tests.models.tiny import llama, planned, tokens
 from tests.planning.costs import costs_of
 from tests.planning.recordings import recording
 
@@ -66,11 +71,38 @@ class TestMeasured:
             attention.cache == 2 * 2 * 9 * key.shape[0] * key.element_size()
         )  # keys, values; 2 sequences; 8 tokens + 1
         assert attention.linear_parameters < attention.parameters
-        assert [len(branch.groups) for branch in costs.branches] == [0, 1] * 3
-        assert all(branch.seconds > 0 for branch in costs.branches)
+        assert [len(branch.groups) for branch in costs.branches] == [0, 2] * 3
+        assert all(all(time > 0 for time in branch.groups) for branch in costs.branches)
 
     def test_branches_of_one_shape_are_measured_once(self, costs: Costs) -> None:
         assert len({branch.seconds for branch in costs.branches}) == 2
+
+    @pytest.mark.parametrize("phase", ["decode", "prefill"])
+    def test_a_branch_takes_what_the_model_takes_less_without_it(
+        self, phase: Literal["decode", "prefill"], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, ids = llama(4), tokens(2, 8)
+        given = ids if phase == "prefill" else torch.cat([ids, ids[:, -1:]], 1)
+        kept = {"kind 0": "self_attn", "kind 1": "mlp"}
+        taken: dict[str, float] = {}
+
+        def interleave(calls: Mapping[str, Callable[[], object]], *_: object) -> Samples:
+            for name, call in calls.items():
+                taken[name] = 1.0
+                if name.startswith("the "):
+                    made: Any = call()
+                    kind = kept.get(name.rpartition("half of ")[2])
+                    halved = [f"model.layers.{n}.{kind}" for n in (1, 3)] if kind else []
+                    with torch.no_grad():
+                        right = planned(model, halved)(input_ids=given, use_cache=False).logits
+                    assert_exact([made.logits[:, -1]], [right[:, -1]])
+                    taken[name] = 10.0 - 1.5 * len(halved)
+            return Samples({name: (seconds,) for name, seconds in taken.items()})
+
+        monkeypatch.setattr(module, "interleave", interleave)
+        costs = measure_costs(model, ids, phase, max_group=2, inner="eager", repeats=1)
+        assert sum(name.startswith("the ") for name in taken) == 3
+        assert [branch.seconds for branch in costs.branches] == pytest.approx([1.5] * 8)
 
     def test_the_phase_is_one_of_two(self) -> None:
         with pytest.raises(OptionError, match="decode or prefill"):

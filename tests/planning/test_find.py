@@ -4,13 +4,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import Plan
 from fxfuse.errors import OptionError, RecordError
+from fxfuse.healing.alone import maps_alone
+from fxfuse.healing.text import kinds
 from fxfuse.measure.recording import Recording
 from fxfuse.planning import Effort, Search, Targets, find_plan, make_plan
 from fxfuse.planning import find as module
@@ -156,6 +159,66 @@ class TestMakePlan:
     def test_nonsense_is_an_error(self, recorded: Recording, options: dict[str, Any], words: str) -> None:
         with pytest.raises(OptionError, match=words):
             make_plan(recorded, **options)
+
+
+class Mapped(nn.Module):
+    """An attention of Hugging Face's whose place a linear map has taken."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+        return nn.functional.linear(hidden_states, self.weight), None
+
+
+class TestLinear:
+    TEXT: ClassVar[dict[str, Batches]] = {
+        kind: [{"input_ids": tokens(2, 30, seed=seed), "use_cache": False} for seed in seeds]
+        for kind, seeds in (("one", range(10, 16)), ("other", range(20, 26)))
+    }
+    ONE = Effort(pool=1, healed=1, patience=0, max_group=1, heal_tokens=120)
+
+    def search(self, recorded: Recording, batches: Batches, text: dict[str, Batches], **options: Any) -> Search:
+        return find_plan(
+            recorded, llama(3), batches, LATENCY, costs_of(recorded), heal_on=text, effort=self.ONE, **options
+        )
+
+    def test_a_map_is_fitted_before_it_is_measured(self, recorded: Recording, batches: Batches) -> None:
+        short = {kind: text[:3] for kind, text in self.TEXT.items()}  # as many as hold 120 tokens, and no more
+        found = self.search(recorded, batches, self.TEXT)
+        assert found.edits == self.search(recorded, batches, short).edits
+        maps = maps_alone(
+            llama(3), Plan(linear=[f"model.layers.{n}.self_attn" for n in range(3)]), kinds(short, 0.2, list)
+        )
+        for n in range(3):
+            made, name = llama(3), f"model.layers.{n}.self_attn"
+            made.model.layers[n].self_attn = Mapped(*maps[name].values())
+            kl = fxfuse.evaluate(made, batches, llama(3)).kl
+            assert found.edits[Plan(linear=[name])] == pytest.approx(kl, rel=1e-6)  # float32 logits
+
+    def test_other_text_to_fit_on_measures_maps_anew_and_nothing_else(
+        self, recorded: Recording, batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        state, measured = tmp_path / "state", list[Plan]()
+        real = module.measure_changes
+
+        def counting(wanted: Any, planned: Any, original: Any, given: Any, known: Any, *args: Any) -> Any:
+            measured.extend(edit for edit in wanted if edit not in known.kl)
+            return real(wanted, planned, original, given, known, *args)
+
+        monkeypatch.setattr(module, "measure_changes", counting)
+        self.search(recorded, batches, self.TEXT, resume=state)
+        assert any(edit.drop for edit in measured)
+        measured.clear()
+        first = self.search(recorded, batches, self.TEXT, resume=state)
+        self.search(recorded, batches, {}, resume=state)
+        assert not measured
+        other = self.search(recorded, batches, {"one": self.TEXT["other"]}, resume=state)
+        assert measured and all(edit.linear for edit in measured)
+        assert {edit: kl for edit, kl in other.edits.items() if edit.drop} == {
+            edit: kl for edit, kl in first.edits.items() if edit.drop
+        }
 
 
 @pytest.mark.slow

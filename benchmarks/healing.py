@@ -17,10 +17,8 @@ with the attentions dropped. Minutes hold for a machine with other work on it, w
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import json
-import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +39,7 @@ from fxfuse.bench.prefill_decode import decode, filled_cache
 from fxfuse.bench.timing import Machine
 from fxfuse.data.loading import load
 from fxfuse.data.own_text import written_by
-from fxfuse.data.text import batches_of, python_documentation
+from fxfuse.data.text import batches_of, docstrings, python_documentation
 from fxfuse.measure.planned import Planned
 from fxfuse.model.pruning import APART
 
@@ -50,17 +48,6 @@ LICENCES = Path("/usr/share/common-licenses")
 PEERS = ("NBL", "ReplaceMe", "LinearPatch")
 
 Batches = Sequence[Mapping[str, object]]
-
-
-def docstrings() -> str:
-    """The longer docstrings of the standard library, each module's after the other."""
-    kept: list[str] = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                text = ast.get_docstring(node) or ""
-                kept += [text] if len(text) > 200 else []
-    return "\n\n".join(kept)
 
 
 def licences() -> str:

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from healing import Batches, docstrings, judged, licences
+from healing import Batches, judged, licences
 from torch import nn
 
 import fxfuse
 from fxfuse import Plan, Recording
 from fxfuse.bench.timing import Machine
 from fxfuse.data.loading import load
-from fxfuse.data.text import batches_of, python_documentation
+from fxfuse.data.text import batches_of, docstrings, python_documentation
 from fxfuse.errors import OptionError
 from fxfuse.measure.influence import block_influence
 from fxfuse.planning import Costs, Effort, Targets, find_plan, measure_costs

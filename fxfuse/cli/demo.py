@@ -1,11 +1,12 @@
-"""The demo: a model recorded, planned, evaluated and timed, before and after, with what was found written to files."""
+"""The demo: a model recorded, planned for a decode latency, healed, judged and timed, and all of that in files."""
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +15,57 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+import fxfuse
+from fxfuse import Plan, Recording
 from fxfuse._common.progress import bar
-from fxfuse.backend.applying import apply
 from fxfuse.backend.frontend import twin
 from fxfuse.bench.prefill_decode import Latency, Program, cache_bytes_per_token, decode, filled_cache, prefill
 from fxfuse.bench.timing import Machine
+from fxfuse.cli.shared import save_folder
+from fxfuse.data.batches import Model
 from fxfuse.data.loading import Loaded
-from fxfuse.data.text import batches_of, python_documentation
-from fxfuse.errors import RecordError
-from fxfuse.measure.evaluation import Metrics, evaluate
-from fxfuse.measure.recorder import record
-from fxfuse.measure.recording import Recording
+from fxfuse.data.text import batches_of, docstrings, licences, python_documentation
+from fxfuse.errors import HealError, RecordError
+from fxfuse.measure.evaluation import Metrics
+from fxfuse.measure.planned import Planned
 from fxfuse.model.pruning import APART
-from fxfuse.plan import Plan
-from fxfuse.planning import Choices, decide, plan_of
-from fxfuse.report import save_heatmap
-from fxfuse.report.explanation import explain
+from fxfuse.planning import Costs, Effort, Search, Targets, find_plan, measure_costs
+from fxfuse.planning.text import prompt
+from fxfuse.report import save_report
+from fxfuse.report.page import load_results
 
-ORIGINAL, AGAIN, UNPLANNED = "original", "original again", "original under ffnfuse"
-DROPPED, FUSED = "attention dropped", "dropped and fused"
+ORIGINAL, AGAIN, PLANNED, HEALED = "original", "original, compiled again", "planned", "planned and healed"
 
-DROP_SHARE = 0.7
-"""Of the budget, for drops: FFNs can only be grouped where attentions are gone."""
+NEAR, FAR = "near", "far"
+
+FILES = ("recording.safetensors", "costs.json", "plan.json", "search.json", "report.html")
+
+Kinds = Mapping[str, list[dict[str, object]]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: the defaults take under ten minutes for a model of 135M parameters on two cores."""
+    """How much of everything: the defaults take a quarter of an hour for a model of 135M parameters on two cores.
+
+    Attributes:
+        length: tokens in a sequence.
+        record, search, heal, judge: tokens to record on; to search on; to heal on, of each of two kinds; to judge by,
+            of each of two other kinds.
+        prompt: tokens of the prefill that is timed.
+        context: tokens in the KV cache of the decode step that is timed.
+        repeats: rounds of timing.
+        effort: how long to search.
+    """
 
     length: int = 256
     record: int = 1024
-    plan: int = 4096
-    evaluate: int = 6144
+    search: int = 1024
+    heal: int = 12_288
+    judge: int = 6144
     prompt: int = 128
     context: int = 2048
-    repeats: int = 35
+    repeats: int = 21
+    effort: Effort = field(default_factory=lambda: Effort(pool=3, healed=2, patience=2, minutes=6, heal_tokens=4096))
 
 
 @dataclass(frozen=True)
@@ -56,15 +73,15 @@ class Result:
     """What the demo found.
 
     Attributes:
-        plan: the plan.
-        metrics: of each program on text that neither recording nor planning has seen.
-        latencies: prefill and decode, of each program under ffnfuse, and of the original under inductor, twice.
+        search: the plans that were tried, and the best of them.
+        metrics: of each program, by the kind of text.
+        latencies: prefill and decode; of the original, compiled twice, and of the planned model.
         cache_bytes: of keys and values a token costs, by program.
         machine: where.
     """
 
-    plan: Plan
-    metrics: Mapping[str, Metrics]
+    search: Search
+    metrics: Mapping[str, Mapping[str, Metrics]]
     latencies: tuple[Latency, ...]
     cache_bytes: Mapping[str, float]
     machine: Machine
@@ -77,124 +94,179 @@ class Result:
     def to_json(self) -> str:
         """All of it, as a JSON object."""
         times = {
-            f"{latencies.phase}, {latencies.tokens} tokens": {
+            f"{latency.phase}, {latency.tokens} tokens": {
                 name: {
-                    "median_seconds": latencies.samples.median(name),
-                    "to_original": latencies.samples.ratio(name, ORIGINAL),
-                    "to_original_under_ffnfuse": latencies.samples.ratio(name, UNPLANNED),
+                    "median_seconds": latency.samples.median(name),
+                    "to_original": latency.samples.ratio(name, ORIGINAL),
                 }
-                for name in latencies.samples.seconds
+                for name in latency.samples.seconds
             }
-            for latencies in self.latencies
+            for latency in self.latencies
         }
-        data = {
-            "machine": str(self.machine),
-            "plan": json.loads(self.plan.to_json()),
-            "metrics": {name: json.loads(metrics.to_json()) for name, metrics in self.metrics.items()},
-            "latency": times,
-            "latency_void": self.void,
-            "cache_bytes_per_token": dict(self.cache_bytes),
+        metrics = {
+            name: {kind: json.loads(each.to_json()) for kind, each in kinds.items()}
+            for name, kinds in self.metrics.items()
         }
+        data = {"machine": str(self.machine), "search": json.loads(self.search.to_json()), "metrics": metrics}
+        data |= {"latency": times, "latency_void": self.void, "cache_bytes_per_token": dict(self.cache_bytes)}
         return json.dumps(data, indent=2)
 
 
-def run(loaded: Loaded, folder: Path, max_kl: float, sizes: Sizes, console: Console, inner: str = "inductor") -> Result:
-    """Run the whole demo; writes recording.safetensors, plan.json and heatmap.png to ``folder``.
+def run(loaded: Loaded, folder: Path, target: float, sizes: Sizes, console: Console, inner: str = "inductor") -> Result:
+    """Run the whole demo; writes ``FILES`` and the healed model, ``healed/``, to ``folder``.
 
-    A recording that is there is used again if it is of this model. ``inner`` compiles what is timed.
+    An interrupted demo goes on where it was: what is there already of this model is used again.
+
+    Args:
+        loaded: a Hugging Face model, and its tokenizer.
+        folder: where the files go.
+        target: share of the original's decode time that the plan may take.
+        sizes: how much of everything.
+        console: where to show it.
+        inner: the compiler.
 
     Raises:
         FxfuseError: whatever stands in the way.
     """
     model = loaded.model.eval()
+    texts = _Texts(loaded, sizes)
     console.rule("1  what is in the model")
-    console.print(str(explain(model, *loaded.args, plan=None, **loaded.kwargs)), markup=False, highlight=False)
+    console.print(str(fxfuse.explain(model, *loaded.args, plan=None, **loaded.kwargs)), markup=False, highlight=False)
     console.rule("2  which branches depend on which")
-    recording = _recorded(loaded, folder / "recording.safetensors", sizes, console)
-    save_heatmap(recording, folder / "heatmap.png")
-    console.print(f"{recording.tokens:,} tokens; {folder / 'heatmap.png'}")
-    console.rule("3  the plan")
-    text = python_documentation("plan")
-    batches = list(batches_of(loaded, text, sizes.length, sizes.plan))
-    decisions = decide(
-        recording, Choices(max_kl=max_kl, drop_share=DROP_SHARE, score="cosine"), model, batches, progress=True
+    recording = _recorded(model, folder / "recording.safetensors", texts, sizes)
+    console.print(f"{recording.tokens:,} tokens")
+    console.rule("3  what each branch costs")
+    costs = _measured(model, folder / "costs.json", texts, sizes, inner)
+    console.print(_told(costs), markup=False, highlight=False)
+    console.rule(f"4  the plan of least KL that decodes in {target:.0%} of the time")
+    state = folder / "search.state"
+    search = find_plan(
+        recording,
+        model,
+        texts.searched,
+        Targets(latency=target),
+        costs,
+        heal_on=texts.healed,
+        effort=sizes.effort,
+        resume=state,
+        progress=True,
     )
-    for decision in decisions:
-        if decision.kl is not None:
-            console.print(str(decision), markup=False, highlight=False)
-    console.print(f"{sum(decision.kl is None for decision in decisions)} edits refused by what was recorded alone")
-    plan = plan_of(recording, decisions)
-    plan.save(folder / "plan.json")
-    console.print(f"{len(plan.drop)} attentions dropped, {len(plan.parallel)} groups; {folder / 'plan.json'}")
-    console.rule("4  what it costs, on other text")
-    programs = {ORIGINAL: model, DROPPED: copy.deepcopy(model), FUSED: copy.deepcopy(model)}
-    plans = {DROPPED: Plan(drop=plan.drop), FUSED: plan}
-    metrics = _evaluated(loaded, programs, plans, sizes)
-    _show_metrics(console, metrics)
-    console.rule("5  what it gains")
-    prompt, context = _prompt(loaded, sizes.prompt), _prompt(loaded, sizes.context)
-    latencies, cache = _timed(programs, plans, prompt, context, sizes.repeats, inner)
-    result = Result(plan, metrics, latencies, cache, Machine.here())
-    _show_latencies(console, result)
+    search.plan.save(folder / "plan.json")
+    (folder / "search.json").write_text(json.dumps(search.results(), indent=2) + "\n")
+    save_report(recording, folder / "report.html", search.plan, load_results(folder / "search.json"))
+    console.print(str(search), markup=False, highlight=False)
+    console.rule("5  its quality back")
+    healed = copy.deepcopy(model)
+    notes = folder / "healing"
+    healing = fxfuse.heal(healed, search.plan, texts.healed, "fit", resume=notes, progress=True)
+    console.print(str(healing), markup=False, highlight=False)
+    if not healing.share:
+        raise HealError(f"nothing heals this plan: ask for less than --target-latency {target}")
+    shutil.rmtree(folder / "healed", ignore_errors=True)
+    save_folder(healed, loaded.tokenizer, search.plan, folder / "healed")
+    console.rule("6  what it costs, on text that took no part, and what it gains")
+    metrics = _judged(model, healed, search.plan, texts.judged)
+    latencies, cache = _timed(model, healed, search.plan, texts, sizes, inner)
+    result = Result(search, metrics, latencies, cache, Machine.here())
+    _show(console, result)
+    state.unlink(missing_ok=True)
+    shutil.rmtree(notes, ignore_errors=True)
     return result
 
 
-def _recorded(loaded: Loaded, path: Path, sizes: Sizes, console: Console) -> Recording:
+class _Texts:
+    """Batches for each purpose: no two share a sequence."""
+
+    def __init__(self, loaded: Loaded, sizes: Sizes) -> None:
+        self._loaded, self._length = loaded, sizes.length
+        documentation = self._batches(python_documentation("record"), sizes.record + sizes.heal)
+        taken = -(-sizes.record // (2 * sizes.length))
+        self.recorded = documentation[:taken]
+        self.searched = self._batches(python_documentation("plan"), sizes.search)
+        self.healed: Kinds = {
+            "documentation": documentation[taken:],
+            "docstrings": self._batches(docstrings(), sizes.heal),
+        }
+        self.judged: Kinds = {
+            NEAR: self._batches(python_documentation("hold out"), sizes.judge),
+            FAR: self._batches(licences(), sizes.judge),
+        }
+
+    def _batches(self, text: str, tokens: int) -> list[dict[str, object]]:
+        return list(batches_of(self._loaded, text, self._length, tokens, batch=2))
+
+    def prompt(self, length: int) -> Tensor:
+        """The beginning of a text that took no part, ``[1, length]``."""
+        return prompt(self.judged[NEAR], length)
+
+
+def _recorded(model: nn.Module, path: Path, texts: _Texts, sizes: Sizes) -> Recording:
     if path.exists():
         recording = Recording.load(path)
         try:
-            recording.check(loaded.model)
+            recording.check(model)
         except RecordError as error:
             raise RecordError(f"{path}: {error}, or give another folder") from error
         return recording
-    batches = batches_of(loaded, python_documentation("record"), sizes.length, sizes.record)
     partial = path.with_name(f"{path.name}.partial")
-    recording = record(loaded.model, batches, resume=partial, progress=True, max_tokens=sizes.record)
+    recording = fxfuse.record(
+        model, texts.recorded, resume=partial, max_tokens=sizes.record, max_group=0, progress=True
+    )
     recording.save(path)
     partial.unlink(missing_ok=True)
     return recording
 
 
-def _evaluated(
-    loaded: Loaded, programs: Mapping[str, nn.Module], plans: Mapping[str, Plan], sizes: Sizes
-) -> dict[str, Metrics]:
-    batches = list(batches_of(loaded, python_documentation("hold out"), sizes.length, sizes.evaluate))
-    metrics = {}
-    with bar("evaluating", "programs", len(programs), True) as advance:
-        for name, model in programs.items():
-            if name in plans:
-                apply(model, plans[name], inner="eager")
-            reference = None if name == ORIGINAL else programs[ORIGINAL]
-            metrics[name] = evaluate(model, batches, reference, progress=True)
-            advance(1)
-    return metrics
+def _measured(model: nn.Module, path: Path, texts: _Texts, sizes: Sizes, inner: str) -> Costs:
+    if path.exists():
+        return Costs.load(path)
+    costs = measure_costs(model, texts.prompt(sizes.context), inner=inner, progress=True)
+    costs.save(path)
+    return costs
 
 
-def _prompt(loaded: Loaded, length: int) -> Tensor:
-    (batch,) = batches_of(loaded, python_documentation("hold out"), length, length)
-    ids = batch["input_ids"]
-    assert isinstance(ids, Tensor)
-    return ids
+def _told(costs: Costs) -> str:
+    """What the dearest branch of each kind takes, and all of them."""
+    times = {branch.name: branch.seconds for branch in costs.branches}
+    dearest = max(times, key=times.__getitem__)
+    return (
+        f"a decode step after {costs.context:,} tokens takes {costs.whole * 1e3:.1f} ms, "
+        f"{sum(times.values()) / costs.whole:.0%} of it in {len(times)} branches; {dearest} takes "
+        f"{times[dearest] * 1e3:.2f} ms ({costs.where})"
+    )
+
+
+def _judged(model: nn.Module, healed: nn.Module, plan: Plan, kinds: Kinds) -> dict[str, dict[str, Metrics]]:
+    """The original; it under the plan; the healed one. Unhealed there are no linear maps, so their attentions leave."""
+    before, after = Planned(model), Planned(healed)
+    before.plan, after.plan = Plan(drop=(*plan.drop, *plan.linear), parallel=_without(plan)), plan
+    programs: dict[str, Model] = {ORIGINAL: model, PLANNED: before, HEALED: after}
+    made: dict[str, dict[str, Metrics]] = {name: {} for name in programs}
+    with bar("evaluating", "texts", len(programs) * len(kinds), True) as advance:
+        for name, program in programs.items():
+            for kind, batches in kinds.items():
+                made[name][kind] = fxfuse.evaluate(program, batches, None if name == ORIGINAL else model)
+                advance(1)
+    return made
+
+
+def _without(plan: Plan) -> list[tuple[Any, ...]]:
+    """The groups of a plan without its linear branches."""
+    groups = [tuple(member for member in group if member not in plan.linear) for group in plan.parallel]
+    return [group for group in groups if len(group) > 1]
 
 
 def _timed(
-    programs: Mapping[str, nn.Module],
-    plans: Mapping[str, Plan],
-    prompt: Tensor,
-    context: Tensor,
-    repeats: int,
-    inner: str,
+    model: nn.Module, healed: nn.Module, plan: Plan, texts: _Texts, sizes: Sizes, inner: str
 ) -> tuple[tuple[Latency, ...], dict[str, float]]:
-    held = {name: cache_bytes_per_token(model, prompt) for name, model in programs.items()}
-    for name in plans:
-        apply(programs[name], Plan(), inner="eager")  # what is dropped stays away; its groups are compiled apart below
-    first = programs[ORIGINAL]
-    compiled = {name: _compiled(first, None, inner) for name in (ORIGINAL, AGAIN)}
-    compiled |= {UNPLANNED: _compiled(first, Plan(), inner)}
-    compiled |= {name: _compiled(programs[name], plan, inner) for name, plan in plans.items()}
-    prompted = prefill(compiled, prompt, repeats // 2 + 1, progress=True)
-    caches = {name: filled_cache(programs.get(name, first), context) for name in compiled}
-    return (prompted, decode(compiled, caches, context, repeats, progress=True)), held
+    """The original, twice, and the planned model; healing changes no time."""
+    ids, context = texts.prompt(sizes.prompt), texts.prompt(sizes.context)
+    models = {ORIGINAL: model, AGAIN: model, HEALED: fxfuse.prune(healed, plan)}
+    held = {name: cache_bytes_per_token(models[name], ids) for name in (ORIGINAL, HEALED)}
+    programs = {name: _compiled(each, plan if name == HEALED else None, inner) for name, each in models.items()}
+    prompted = prefill(programs, ids, sizes.repeats, progress=True)
+    caches = {name: filled_cache(each, context) for name, each in models.items()}
+    return (prompted, decode(programs, caches, context, sizes.repeats, progress=True)), held
 
 
 def _compiled(model: nn.Module, plan: Plan | None, inner: str) -> Program:
@@ -208,29 +280,27 @@ def _compiled(model: nn.Module, plan: Plan | None, inner: str) -> Program:
     return torch.compile(twin(model), backend="ffnfuse", options=options, dynamic=False, **APART)
 
 
-def _show_metrics(console: Console, metrics: Mapping[str, Metrics]) -> None:
-    table = Table("", "perplexity", "95%", "to original", "KL, nats/token", "top-1 agreement")
-    base = metrics[ORIGINAL].perplexity
-    for name, measured in metrics.items():
-        low, high = measured.perplexity_interval
-        cells = [f"{measured.perplexity:.2f}", f"{low:.2f} .. {high:.2f}"]
-        if name != ORIGINAL:
-            cells += [f"{measured.perplexity / base - 1:+.1%}", f"{measured.kl:.3f}", f"{measured.agreement:.1%}"]
-        table.add_row(name, *cells)
-    console.print(table)
-    console.print(f"{metrics[ORIGINAL].tokens:,} tokens of text that was neither recorded nor planned on")
-
-
-def _show_latencies(console: Console, result: Result) -> None:
-    phases = [f"{latencies.phase} ({latencies.tokens} tokens), ms" for latencies in result.latencies]
-    table = Table("", *phases, "KV cache, bytes/token")
-    for name in result.latencies[0].samples.seconds:
-        cells = []
-        for latencies in result.latencies:
-            ratios = [f"{latencies.samples.ratio(name, base):.3f}" for base in (ORIGINAL, UNPLANNED)]
-            cells.append(f"{latencies.samples.median(name) * 1e3:.2f}  ({', '.join(ratios)})")
+def _show(console: Console, result: Result) -> None:
+    """One table: quality, time and memory of the original, of the plan, and of the healed plan."""
+    times = [f"{latency.phase} after {latency.tokens:,}, ms" for latency in result.latencies]
+    times[0] = f"prefill of {result.latencies[0].tokens:,}, ms"
+    kinds = [f"{what}, {kind}" for kind in (NEAR, FAR) for what in ("perplexity", "KL")]
+    table = Table("", *kinds, *times, "KV cache, bytes/token")
+    for name, metrics in result.metrics.items():
+        cells: list[str] = []
+        for kind in (NEAR, FAR):
+            perplexity, base = metrics[kind].perplexity, result.metrics[ORIGINAL][kind].perplexity
+            change = "" if name == ORIGINAL else f" ({perplexity / base - 1:+.1%})"
+            cells += [f"{perplexity:.2f}{change}", "" if name == ORIGINAL else f"{metrics[kind].kl:.3f}"]
+        for latency in result.latencies:
+            timed = name in latency.samples.seconds
+            share = "" if name == ORIGINAL or not timed else f" ({latency.samples.ratio(name, ORIGINAL):.3f})"
+            cells.append(f"{latency.samples.median(name) * 1e3:.2f}{share}" if timed else "")
         table.add_row(name, *cells, f"{result.cache_bytes[name]:,.0f}" if name in result.cache_bytes else "")
     console.print(table)
+    apart = max(abs(latency.samples.ratio(AGAIN, ORIGINAL) - 1) for latency in result.latencies)
     console.print(
-        f"{result.machine}; in parentheses: time relative to the original, and to it under ffnfuse; medians of rounds"
+        f"{result.metrics[ORIGINAL][NEAR].tokens:,} tokens of each: {NEAR}, documentation of Python, as it was healed "
+        f"on; {FAR}, licences. In parentheses: relative to the original; compiled again, it differs by {apart:.1%}. "
+        f"{result.machine}"
     )

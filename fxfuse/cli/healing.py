@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxfuse.cli.shared import Batch, CastTo, Json, LanguageModel, Sequence, app, load_unplanned, read_plan
+from fxfuse.cli.shared import Batch, CastTo, Json, LanguageModel, Sequence, app, load_unplanned, read_plan, save_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from fxfuse.data.loading import Loaded
-    from fxfuse.plan import Plan
 
 
 @app.command()
@@ -96,7 +93,7 @@ def heal(
     typer.echo(healing.to_json() if json else str(healing))
     if not healing.share:
         raise HealError("nothing was written, because no share of the change helps on every kind of text: give more")
-    _save(loaded, chosen, output)
+    save_folder(loaded.model, loaded.tokenizer, chosen, output)
     if not json:
         typer.echo(f"written to {output}, with its plan")
 
@@ -124,21 +121,3 @@ def _new_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FxfuseError(f"{str(folder)!r} is there already and not empty: give another folder")
     check_writable(folder.parent / f"{folder.name}.partial")
-
-
-def _save(loaded: Loaded, plan: Plan, folder: Path) -> None:
-    """Write the model, its tokenizer and the plan beside their place, then move them into it."""
-    import shutil
-
-    partial = folder.parent / f"{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for each in (loaded.model, loaded.tokenizer):
-            each.save_pretrained(partial)  # type: ignore[union-attr, operator]  # of a Hugging Face folder or a GGUF file
-        plan.save(partial / "plan.json")
-        if folder.is_dir():
-            folder.rmdir()  # it is empty
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

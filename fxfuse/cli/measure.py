@@ -101,6 +101,13 @@ def plan(
     device: Annotated[str | None, typer.Option(help="model the time on this GPU (h100, ...), and time nothing")] = None,
     tp: Annotated[int, typer.Option(min=1, help="among how many of them the model is divided")] = 1,
     minutes: Annotated[float | None, typer.Option(min=0.0, help="after which no edit is exchanged any more")] = None,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="let attentions become linear maps, and choose by what healing gives")
+    ] = False,
+    heal_text: Annotated[
+        list[Path] | None,
+        typer.Option("--heal-text", metavar="FILE", help="a kind of text to heal on while searching; several times"),
+    ] = None,
     text: Text = None,
     length: Sequence = 256,
     tokens: Tokens = 2048,
@@ -113,12 +120,13 @@ def plan(
     model's next-token distribution stays within --max-kl of the original's.
     Without, the plan is what the recording proposes: a lead, not a result.
     With a target the time of every branch is measured, and plans that reach
-    it are searched for the one of least KL. The state of the search lies
-    beside the output, as FILE.search, until that is written.
+    it are searched for the one of least KL; with --heal of the healed models,
+    whose plan then has to be healed for good by fxfuse heal. The state of the
+    search lies beside the output, as FILE.search, until that is written.
 
     [bold]Examples[/bold]
       fxfuse plan recording.safetensors --model smollm2 --max-kl 0.05
-      fxfuse plan recording.safetensors --model smollm2 --target-latency 0.8
+      fxfuse plan recording.safetensors --model smollm2 --target-latency 0.8 --heal
       fxfuse plan recording.safetensors --drop 4 --max-distance 0.1
     """
     from fxfuse.errors import OptionError
@@ -136,11 +144,24 @@ def plan(
         costs = _costs(loaded, read, context, phase, device, tp, not json)
         state = output.with_name(f"{output.name}.search")
         effort = Effort(minutes=minutes)
-        found = find_plan(recorded, loaded.model, read, targets, costs, effort=effort, resume=state, progress=not json)
+        kinds = _healed_on(loaded, heal_text, length) if heal or heal_text else {}
+        found = find_plan(
+            recorded,
+            loaded.model,
+            read,
+            targets,
+            costs,
+            heal_on=kinds,
+            effort=effort,
+            resume=state,
+            progress=not json,
+        )
         found.plan.save(output)
         state.unlink(missing_ok=True)
         typer.echo(found.to_json() if json else f"{found}\nwritten to {output}")
         return
+    if heal or heal_text:
+        raise OptionError("--heal is part of a search: give a target, as in --target-latency 0.8")
     choices = Choices(
         drop=drop,
         score=score,  # type: ignore[arg-type]  # checked where it is used
@@ -163,6 +184,17 @@ def plan(
     typer.echo(f"{len(made.drop)} dropped, {len(made.parallel)} groups, written to {output}")
 
 
+def _healed_on(loaded: Loaded, texts: list[Path] | None, length: int) -> dict[str, list[dict[str, object]]]:
+    """As much of each kind of text as a search reads."""
+    from fxfuse.data.text import batches_of, docstrings, python_documentation, read_text
+    from fxfuse.planning import Effort
+
+    given = {str(path): read_text(path) for path in texts or ()}
+    given = given or {"documentation": python_documentation("record"), "docstrings": docstrings()}
+    tokens = Effort().heal_tokens
+    return {name: list(batches_of(loaded, text, length, tokens, batch=2)) for name, text in given.items()}
+
+
 def _costs(
     loaded: Loaded, read: list[dict[str, object]], context: int, phase: str, device: str | None, tp: int, progress: bool
 ) -> Costs:
@@ -183,26 +215,31 @@ def _costs(
 def demo(
     model: LanguageModel = "smollm2",
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="where the files go")] = Path("demo"),
-    max_kl: Annotated[float, typer.Option(min=0.0, help="nats per token that the plan may cost")] = 0.1,
+    target_latency: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="share of the original's decode time that the plan may take")
+    ] = 0.8,
     dtype: CastTo = None,
     json: Json = False,
 ) -> None:
-    """Record, plan, evaluate and time a model, and show what came of it: about ten minutes on two cores.
+    """The whole way of a model, in a quarter of an hour on two cores, with one table last.
 
-    Writes recording.safetensors, plan.json and heatmap.png. The text is the
-    documentation that comes with Python, parted between recording, planning
-    and evaluation. A recording in the folder is used again.
+    Records it, measures what its branches cost, searches the plan of least KL
+    that decodes in --target-latency of the time, heals it, judges it on text
+    that took no part, and times it. Writes recording.safetensors, costs.json,
+    plan.json, search.json, report.html and the healed model, healed/, whose
+    plan lies with it. The texts are those that come with Python and torch.
+    Interrupted, it goes on where it was; what is in the folder is used again.
 
     The exit code is 1 if the latencies are void: two compilations of the
     original differed by more than 1.5%.
     """
     from rich.console import Console
 
-    from fxfuse.cli.demo import Sizes, run
+    from fxfuse.cli.demo import FILES, Sizes, run
 
-    writable_folder(output, "recording.safetensors", "plan.json", "heatmap.png")
+    writable_folder(output, *FILES)
     loaded = load_unplanned(model, dtype)
-    result = run(loaded, output, max_kl, Sizes(), Console(stderr=json))
+    result = run(loaded, output, target_latency, Sizes(), Console(stderr=json))
     if json:
         typer.echo(result.to_json())
     if result.void:

@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import nn
+
     from fxfuse.data.loading import Loaded
     from fxfuse.data.text import Use
     from fxfuse.plan import Plan
@@ -150,6 +152,24 @@ def read_plan(path: Path | None) -> Plan | None:
     from fxfuse.plan import Plan
 
     return None if path is None else Plan.load(path)
+
+
+def save_folder(model: nn.Module, tokenizer: object, plan: Plan, folder: Path) -> None:
+    """Write a Hugging Face model, its tokenizer and its plan beside their place, then move them into it."""
+    import shutil
+
+    partial = folder.parent / f"{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for each in (model, tokenizer):
+            each.save_pretrained(partial)  # type: ignore[attr-defined]  # of a Hugging Face folder or a GGUF file
+        plan.save(partial / "plan.json")
+        if folder.is_dir():
+            folder.rmdir()  # it is empty
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def known_backend(name: str) -> str:

@@ -1,8 +1,11 @@
-"""Text as batches of tokens, and a text that is always at hand: the documentation that comes with Python."""
+"""Text as batches of tokens, and texts that are always at hand: what comes with Python, and with torch."""
 
 from __future__ import annotations
 
+import ast
+import sysconfig
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -10,6 +13,9 @@ import torch
 
 from fxfuse.data.loading import Loaded
 from fxfuse.errors import LoadError
+
+_LONG = 200
+"""Characters of what is more than a word or two."""
 
 Use: TypeAlias = Literal["record", "plan", "hold out"]
 
@@ -29,6 +35,26 @@ def python_documentation(use: Use) -> str:
         if index % 4 in _USES[use]:
             chosen += fresh
     return "\n\n".join(chosen)
+
+
+def docstrings() -> str:
+    """The longer docstrings of the standard library, each module's after the other: about 170,000 tokens."""
+    kept: list[str] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                kept += [text] if len(text := ast.get_docstring(node) or "") > _LONG else []
+    return "\n\n".join(kept)
+
+
+def licences() -> str:
+    """The paragraphs of the licences that come with torch, each once: 13,000 tokens of another kind of English."""
+    kept: dict[str, str] = {}
+    files = (file for file in distribution("torch").files or () if "licenses" in file.parts)
+    for file in sorted(files):
+        for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
+            kept.setdefault(" ".join(paragraph.split()), paragraph)
+    return "\n\n".join(paragraph for words, paragraph in kept.items() if len(words) > _LONG)
 
 
 def read_text(path: Path) -> str:

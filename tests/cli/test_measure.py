@@ -10,10 +10,12 @@ import pytest
 from rich.console import Console
 
 from fxfuse import Plan, Recording
-from fxfuse.cli.demo import AGAIN, DROPPED, FUSED, ORIGINAL, UNPLANNED, Sizes
+from fxfuse.cli.demo import AGAIN, FILES, HEALED, ORIGINAL, PLANNED, Sizes
 from fxfuse.cli.demo import run as run_demo
 from fxfuse.data.loading import load
+from fxfuse.planning import Effort
 from tests.cli.test_main import run
+from tests.planning.costs import costs_of
 
 SMALL = ("--length", "8", "--tokens", "24")
 
@@ -165,6 +167,7 @@ def test_what_the_system_refuses_is_said_in_one_line(
         (("record", "{model}", "--text", "nowhere.txt"), "cannot read the text"),
         (("plan", "nowhere.safetensors"), "there is no recording"),
         (("plan", "{recording}", "--max-kl", "0.1"), "max_kl is measured"),
+        (("plan", "{recording}", "--heal"), "--heal is part of a search"),
         (("plan", "{recording}", "--score", "kll"), "there is no score 'kll'"),
         (("plan", "{recording}", "--model", "{other}", *SMALL), "recording of another model"),
         (("eval", "{model}", "--plan", "nowhere.json"), "cannot be read"),
@@ -203,20 +206,29 @@ def recorded(llama_with_words: str, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
+def demo_sizes() -> Sizes:
+    effort = Effort(pool=1, healed=1, patience=0, max_group=2, heal_tokens=64)
+    return Sizes(length=8, record=64, search=64, heal=256, judge=64, prompt=6, context=9, repeats=2, effort=effort)
+
+
 @pytest.mark.slow
-def test_the_demo_shows_and_writes_everything(llama_with_words: str, tmp_path: Path) -> None:
-    sizes = Sizes(length=8, record=16, plan=16, evaluate=32, prompt=6, context=9, repeats=2)
-    shown = io.StringIO()
+def test_the_demo_shows_and_writes_everything(llama_with_words: str, recorded: Path, tmp_path: Path) -> None:
+    shown, costs = io.StringIO(), costs_of(Recording.load(recorded))
+    costs.save(tmp_path / "costs.json")  # the times of so small a model are noise
 
-    result = run_demo(load(llama_with_words), tmp_path, 1e9, sizes, Console(file=shown, width=200), "eager")
+    result = run_demo(load(llama_with_words), tmp_path, 0.7, demo_sizes(), Console(file=shown, width=250), "eager")
 
-    assert {path.name for path in tmp_path.iterdir()} == {"recording.safetensors", "plan.json", "heatmap.png"}
-    assert Plan.load(tmp_path / "plan.json") == result.plan
-    assert list(result.metrics) == [ORIGINAL, DROPPED, FUSED]
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "healed"}
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan == result.search.plan == Plan.load(tmp_path / "healed" / "plan.json")
+    assert costs.of(plan).seconds <= 0.7 * costs.whole
+    assert list(result.metrics) == [ORIGINAL, PLANNED, HEALED]
+    assert all(list(kinds) == ["near", "far"] for kinds in result.metrics.values())
     assert [(each.phase, each.tokens) for each in result.latencies] == [("prefill", 6), ("decode", 9)]
-    assert all(set(each.samples.seconds) == {ORIGINAL, AGAIN, UNPLANNED, DROPPED, FUSED} for each in result.latencies)
-    bytes_per_layer = 2 * 2 * 8 * 4  # keys and values, two heads of eight, float32
-    assert result.cache_bytes == {ORIGINAL: 3 * bytes_per_layer, DROPPED: bytes_per_layer, FUSED: bytes_per_layer}
-    assert json.loads(result.to_json())["plan"]["drop"] == list(result.plan.drop)
-    for words in ("gated_ffn", "perplexity", "KV cache", "attention dropped"):
+    assert all(set(each.samples.seconds) == {ORIGINAL, AGAIN, HEALED} for each in result.latencies)
+    gone = sum("self_attn" in name for name in (*plan.drop, *plan.linear))
+    assert result.cache_bytes[HEALED] == result.cache_bytes[ORIGINAL] * (3 - gone) / 3
+    assert load(str(tmp_path / "healed")).plan == plan
+    assert json.loads(result.to_json())["search"]["plan"]["drop"] == list(plan.drop)
+    for words in ("gated_ffn", "perplexity, far", "KV cache", "planned and healed", "takes"):
         assert words in shown.getvalue()

@@ -71,7 +71,7 @@ class BranchTimes:
     """What :func:`time_branches` measured.
 
     Attributes:
-        whole: seconds of a call of the model, under the inner compiler alone.
+        whole: seconds of a call of the model, compiled by ffnfuse without a plan, as all that is timed here is.
         branches: in stream order.
         apart: relative difference of two separately compiled copies of one part, which took turns.
         samples: all of it, by what was timed.
@@ -248,8 +248,7 @@ def _without(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _whole(model: nn.Module, plan: Plan, ids: Tensor, phase: Phase, inner: str) -> Callable[[], object]:
     options: Any = {"plan": plan, "inner": inner}  # torch types the values of inductor's options
-    how = {"backend": "ffnfuse", "options": options} if plan else {"backend": inner}
-    program: Program = torch.compile(twin(model), dynamic=False, **how, **APART)
+    program: Program = torch.compile(twin(model), backend="ffnfuse", options=options, dynamic=False, **APART)
     if phase == "decode":
         step = decode_step(program, filled_cache(model, ids), ids[:, -1:])
     else:

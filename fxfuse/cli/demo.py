@@ -34,7 +34,8 @@ from fxfuse.planning.text import prompt
 from fxfuse.report import save_report
 from fxfuse.report.page import load_results
 
-ORIGINAL, AGAIN, PLANNED, HEALED = "original", "original, compiled again", "planned", "planned and healed"
+ORIGINAL, AGAIN, UNPLANNED = "original", "original, compiled again", "original under ffnfuse"
+PLANNED, HEALED = "planned", "planned and healed"
 
 NEAR, FAR = "near", "far"
 
@@ -75,7 +76,8 @@ class Result:
     Attributes:
         search: the plans that were tried, and the best of them.
         metrics: of each program, by the kind of text.
-        latencies: prefill and decode; of the original, compiled twice, and of the planned model.
+        latencies: prefill and decode; of the original, compiled twice by the inner compiler and once by ffnfuse, and of
+            the planned model.
         cache_bytes: of keys and values a token costs, by program.
         machine: where.
     """
@@ -261,9 +263,10 @@ def _timed(
 ) -> tuple[tuple[Latency, ...], dict[str, float]]:
     """The original, twice, and the planned model; healing changes no time."""
     ids, context = texts.prompt(sizes.prompt), texts.prompt(sizes.context)
-    models = {ORIGINAL: model, AGAIN: model, HEALED: fxfuse.prune(healed, plan)}
+    models = {ORIGINAL: model, AGAIN: model, UNPLANNED: model, HEALED: fxfuse.prune(healed, plan)}
+    plans = {UNPLANNED: Plan(), HEALED: plan}
     held = {name: cache_bytes_per_token(models[name], ids) for name in (ORIGINAL, HEALED)}
-    programs = {name: _compiled(each, plan if name == HEALED else None, inner) for name, each in models.items()}
+    programs = {name: _compiled(each, plans.get(name), inner) for name, each in models.items()}
     prompted = prefill(programs, ids, sizes.repeats, progress=True)
     caches = {name: filled_cache(each, context) for name, each in models.items()}
     return (prompted, decode(programs, caches, context, sizes.repeats, progress=True)), held
@@ -280,18 +283,26 @@ def _compiled(model: nn.Module, plan: Plan | None, inner: str) -> Program:
     return torch.compile(twin(model), backend="ffnfuse", options=options, dynamic=False, **APART)
 
 
+def _quality(metrics: Mapping[str, Mapping[str, Metrics]], name: str, kind: str) -> tuple[str, str]:
+    """Perplexity and KL of a program, as a table shows them."""
+    if name not in metrics:
+        return "", ""
+    own, base = metrics[name][kind], metrics[ORIGINAL][kind]
+    if name == ORIGINAL:
+        return f"{own.perplexity:.2f}", ""
+    return f"{own.perplexity:.2f} ({own.perplexity / base.perplexity - 1:+.1%})", f"{own.kl:.3f}"
+
+
 def _show(console: Console, result: Result) -> None:
     """One table: quality, time and memory of the original, of the plan, and of the healed plan."""
     times = [f"{latency.phase} after {latency.tokens:,}, ms" for latency in result.latencies]
     times[0] = f"prefill of {result.latencies[0].tokens:,}, ms"
     kinds = [f"{what}, {kind}" for kind in (NEAR, FAR) for what in ("perplexity", "KL")]
     table = Table("", *kinds, *times, "KV cache, bytes/token")
-    for name, metrics in result.metrics.items():
+    for name in (ORIGINAL, UNPLANNED, PLANNED, HEALED):
         cells: list[str] = []
         for kind in (NEAR, FAR):
-            perplexity, base = metrics[kind].perplexity, result.metrics[ORIGINAL][kind].perplexity
-            change = "" if name == ORIGINAL else f" ({perplexity / base - 1:+.1%})"
-            cells += [f"{perplexity:.2f}{change}", "" if name == ORIGINAL else f"{metrics[kind].kl:.3f}"]
+            cells += _quality(result.metrics, name, kind)
         for latency in result.latencies:
             timed = name in latency.samples.seconds
             share = "" if name == ORIGINAL or not timed else f" ({latency.samples.ratio(name, ORIGINAL):.3f})"

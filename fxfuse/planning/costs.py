@@ -48,7 +48,7 @@ class Costs:
     """The costs of a model's branches in one call of it; ``costs[name]`` is that of a branch.
 
     Attributes:
-        whole: seconds of the call.
+        whole: seconds of the call, compiled without a plan.
         memory: bytes of all weights.
         branches: in stream order, as :class:`fxfuse.bench.branches.BranchTime` tells them.
         phase: "decode" (one token after ``context``) or "prefill" (a prompt of ``context`` tokens).

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fxfuse import Plan, Recording
-from fxfuse.cli.demo import AGAIN, FILES, HEALED, ORIGINAL, PLANNED, Sizes
+from fxfuse.cli.demo import AGAIN, FILES, HEALED, ORIGINAL, PLANNED, UNPLANNED, Sizes
 from fxfuse.cli.demo import run as run_demo
 from fxfuse.data.loading import load
 from fxfuse.planning import Effort
@@ -225,7 +225,7 @@ def test_the_demo_shows_and_writes_everything(llama_with_words: str, recorded: P
     assert list(result.metrics) == [ORIGINAL, PLANNED, HEALED]
     assert all(list(kinds) == ["near", "far"] for kinds in result.metrics.values())
     assert [(each.phase, each.tokens) for each in result.latencies] == [("prefill", 6), ("decode", 9)]
-    assert all(set(each.samples.seconds) == {ORIGINAL, AGAIN, HEALED} for each in result.latencies)
+    assert all(set(each.samples.seconds) == {ORIGINAL, AGAIN, UNPLANNED, HEALED} for each in result.latencies)
     gone = sum("self_attn" in name for name in (*plan.drop, *plan.linear))
     assert result.cache_bytes[HEALED] == result.cache_bytes[ORIGINAL] * (3 - gone) / 3
     assert load(str(tmp_path / "healed")).plan == plan

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from fxfuse.data.loading import Loaded
-from fxfuse.data.text import batches_of, python_documentation, read_text
+from fxfuse.data.text import batches_of, docstrings, licences, python_documentation, read_text
 from fxfuse.errors import LoadError
 
 
@@ -66,3 +67,10 @@ def test_a_text_that_is_not_there_or_no_text_is_an_error(tmp_path: Path) -> None
     (tmp_path / "empty").write_text(" \n")
     with pytest.raises(LoadError, match="empty"):
         read_text(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("text", [docstrings, licences])
+def test_texts_that_are_always_at_hand_say_nothing_twice_and_are_long(text: Callable[[], str]) -> None:
+    paragraphs = [" ".join(part.split()) for part in text().split("\n\n") if len(part.split()) > 60]
+    assert len(text()) > 30_000 and text() == text()
+    assert len(set(paragraphs)) > 0.95 * len(paragraphs)

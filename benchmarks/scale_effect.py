@@ -1,0 +1,189 @@
+"""Question 4 of the paper (arXiv 2503.18908): does FFN Fusion get easier with scale? What models of several sizes say.
+
+    python benchmarks/scale_effect.py smollm2 ./other-model [--tokens 1024] [--json FILE]
+
+Each model is given the same text. For every layer but the first: how far the FFN's contribution turns when the FFN
+before it leaves (the paper's distance), what dropping its attention costs, and what fusing both FFNs costs beyond that,
+in KL to the model as it is; then what such a pair saves of a decode step, modelled for a GPU. All of it by relative
+depth, in thirds, because models differ in their numbers of layers. KL is also given relative to what dropping the FFN
+costs: a model that leans on its FFNs less loses less by anything.
+
+Two sizes of two families say nothing of a law; three of one family, trained alike, would. "little-llama" is a model that
+the benchmark trains by itself, for minutes, on the same kind of text: it shows the method at work, and nothing of scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse import Plan, Recording
+from fxfuse._common.files import write_atomically
+from fxfuse._common.progress import bar
+from fxfuse.bench.timing import Machine
+from fxfuse.data.loading import Loaded, load
+from fxfuse.data.text import batches_of, docstrings, python_documentation
+from fxfuse.measure.planned import Planned
+from fxfuse.planning.modelled import model_costs
+
+LITTLE = "little-llama"
+
+THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer and the one before it.
+
+    Attributes:
+        depth: of the layer, 0 to 1.
+        distance: mean cosine distance by which its FFN's contribution turns when the FFN before leaves.
+        attention: KL of dropping its attention.
+        ffn: KL of dropping its FFN.
+        pair: KL of its FFN and the one before as one wide FFN, beyond that of dropping the attention between.
+    """
+
+    depth: float
+    distance: float
+    attention: float
+    ffn: float
+    pair: float
+
+    @property
+    def third(self) -> str:
+        return THIRDS[min(2, int(self.depth * 3))]
+
+
+def little_llama(steps: int, length: int) -> Loaded:
+    """A Llama of 5 million parameters outside of its embedding, trained on docstrings with SmolLM2's words."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = load("smollm2", torch.float32)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=words.model.get_input_embeddings().weight.shape[0],  # type: ignore[operator, union-attr]
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    model: Any = LlamaForCausalLM(config)
+    made = Loaded(model, words.tokenizer, (), words.kwargs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    text = list(batches_of(made, docstrings(), length, steps * 8 * length, batch=8))
+    with bar("training", "steps", steps, True) as advance:
+        for step in range(steps):
+            ids: Any = text[step % len(text)]["input_ids"]
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            advance(1)
+    print(f"{LITTLE}: trained on {steps * 8 * length:,} tokens, last loss {loss.item():.2f}")
+    return made
+
+
+def layers_of(loaded: Loaded, tokens: int, length: int) -> list[Layer]:
+    """What each layer but the first says."""
+    model = loaded.model.eval()
+    batches = list(batches_of(loaded, python_documentation("record"), length, tokens, batch=2))
+    recording = fxfuse.record(model, batches, max_group=0, progress=True)
+    ffns = [b.name for b in recording.branches if b.kind in ("gated_ffn", "ffn")]
+    attentions = [b.name for b in recording.branches if b.kind == "attention"]
+    if len(ffns) != len(attentions):
+        raise SystemExit("this compares models whose layers are an attention and an FFN each")
+    planned = Planned(model)
+
+    def kl(plan: Plan) -> float:
+        planned.plan = plan
+        return float(fxfuse.evaluate(planned, batches, reference=model).kl or 0)
+
+    found: list[Layer] = []
+    with bar("pairs", "pairs", len(ffns) - 1, True) as advance:
+        for number in range(1, len(ffns)):
+            attention, pair = attentions[number], ffns[number - 1 : number + 1]
+            alone = kl(Plan(drop=[attention]))
+            together = kl(Plan(drop=[attention], parallel=[pair]))
+            found.append(_layer(recording, number / (len(ffns) - 1), pair, alone, together))
+            advance(1)
+    return found
+
+
+def _layer(recording: Recording, depth: float, pair: Sequence[str], attention: float, together: float) -> Layer:
+    first, second = map(recording.index, pair)
+    distance, ffn = float(recording.mean[first, second]), float(recording.kl[second])
+    return Layer(depth, distance, attention, ffn, together - attention)
+
+
+def summary(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
+    """Medians by third of the depth."""
+    columns: dict[str, Callable[[Layer], float]] = {
+        "distance": lambda layer: layer.distance,
+        "attention": lambda layer: layer.attention,
+        "pair": lambda layer: layer.pair,
+        "pair / ffn": lambda layer: layer.pair / layer.ffn,
+    }
+    return {
+        third: {name: statistics.median(map(column, own)) for name, column in columns.items()}
+        for third in THIRDS
+        if (own := [layer for layer in layers if layer.third == third])
+    }
+
+
+def saved(model: nn.Module, layers: int, device: str, context: int) -> float:
+    """Share of a decode step that one pair saves beyond the drop between, modelled."""
+    costs = model_costs(model, device, context=context)
+    ffns = [branch.name for branch in costs.branches if len(branch.groups) > 1]
+    return costs.gain(Plan(parallel=[ffns[layers // 2 : layers // 2 + 2]])).seconds / costs.whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help=f"as the commands of fxfuse take them, or {LITTLE}")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=300, help=f"of the training of {LITTLE}")
+    parser.add_argument("--device", default="h100", help="the GPU whose times are modelled")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print(Machine.here())
+    print(
+        "| model | parameters | depth | distance | KL of the attention | KL of the pair | pair / FFN | a pair saves |"
+    )
+    print("|---" * 8 + "|")
+    for name in arguments.models:
+        is_little = name == LITTLE
+        loaded = little_llama(arguments.steps, arguments.length) if is_little else load(name, torch.float32)
+        layers = layers_of(loaded, arguments.tokens, arguments.length)
+        parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        share, thirds = saved(loaded.model, len(layers), arguments.device, arguments.context), summary(layers)
+        for third, each in thirds.items():
+            numbers = " | ".join(f"{number:.4g}" for number in each.values())
+            print(f"| {name} | {parameters / 1e6:.0f}M | {third} | {numbers} | {share:.2%} |", flush=True)
+        rows.append({"model": name, "parameters": parameters, "saved": share, "thirds": thirds})
+        rows[-1]["layers"] = [asdict(layer) for layer in layers]
+        if arguments.json:
+            found = {"machine": str(Machine.here()), "tokens": arguments.tokens, "models": rows}
+            write_atomically(arguments.json, (json.dumps(found, indent=2) + "\n").encode())
+    if len(rows) < 3:
+        print("Fewer than three sizes of one family, trained alike, show no effect of scale.")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,8 @@ in KL to the model as it is; then what such a pair saves of a decode step, model
 depth, in thirds, because models differ in their numbers of layers. KL is also given relative to what dropping the FFN
 costs: a model that leans on its FFNs less loses less by anything.
 
-Two sizes of two families say nothing of a law; three of one family, trained alike, would. "little-llama" is a model that
-the benchmark trains by itself, for minutes, on the same kind of text: it shows the method at work, and nothing of scale.
+Two sizes of two families say nothing of a law; three of one family would. "little-llama" is a model that
+the benchmark trains by itself, for minutes, on the same kind of text: it shows the method, and nothing of scale.
 """
 
 from __future__ import annotations

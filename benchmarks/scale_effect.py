@@ -1,15 +1,17 @@
-"""Question 4 of the paper (arXiv 2503.18908): does FFN Fusion get easier with scale? What models of several sizes say.
+"""Questions 4 and 1 of the paper (arXiv 2503.18908): is fusion easier with scale, and with experts? What models say.
 
-    python benchmarks/scale_effect.py smollm2 ./other-model [--tokens 1024] [--json FILE]
+    python benchmarks/scale_effect.py smollm2 ./other-model little-llama little-moe [--tokens 1024] [--json FILE]
 
 Each model is given the same text. For every layer but the first: how far the FFN's contribution turns when the FFN
-before it leaves (the paper's distance), what dropping its attention costs, and what fusing both FFNs costs beyond that,
-in KL to the model as it is; then what such a pair saves of a decode step, modelled for a GPU. All of it by relative
-depth, in thirds, because models differ in their numbers of layers. KL is also given relative to what dropping the FFN
-costs: a model that leans on its FFNs less loses less by anything.
+before it leaves (the paper's distance), what dropping its attention costs, and what it costs beyond that to let both
+FFNs read one point, in KL to the model as it is; then what such a pair saves of a decode step, modelled for a GPU. All
+of it by relative depth, in thirds, because models differ in their numbers of layers. KL is also given relative to what
+dropping the FFN costs: a model that leans on its FFNs less loses less by anything.
 
-Two sizes of two families say nothing of a law; three of one family would. "little-llama" is a model that
-the benchmark trains by itself, for minutes, on the same kind of text: it shows the method, and nothing of scale.
+Two sizes of two families say nothing of a law; three of one family would. "little-llama" and "little-moe" are trained
+by the benchmark itself, for minutes, on the same kind of text: two models of one depth and width, with an FFN and with
+four experts of which two are chosen beside a shared one. In a group each expert layer is routed by its own router, at
+the point that both read, and the contributions add; their experts stay apart, so that a pair saves nothing here.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from fxfuse.data.text import batches_of, docstrings, python_documentation
 from fxfuse.measure.planned import Planned
 from fxfuse.planning.modelled import model_costs
 
-LITTLE = "little-llama"
+LITTLE = ("little-llama", "little-moe")
 
 THIRDS = ("early", "middle", "late")
 
@@ -63,22 +65,25 @@ class Layer:
         return THIRDS[min(2, int(self.depth * 3))]
 
 
-def little_llama(steps: int, length: int) -> Loaded:
-    """A Llama of 5 million parameters outside of its embedding, trained on docstrings with SmolLM2's words."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def little(name: str, steps: int, length: int) -> Loaded:
+    """A model of twelve layers, 192 wide, trained on docstrings with SmolLM2's words."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     words = load("smollm2", torch.float32)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=words.model.get_input_embeddings().weight.shape[0],  # type: ignore[operator, union-attr]
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    model: Any = LlamaForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": words.model.get_input_embeddings().weight.shape[0],  # type: ignore[operator, union-attr]
+        "hidden_size": 192,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    }
+    if name == LITTLE[0]:
+        model: Any = LlamaForCausalLM(LlamaConfig(intermediate_size=512, **sizes))
+    else:
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(shared_expert_intermediate_size=192, **experts, **sizes))
     made = Loaded(model, words.tokenizer, (), words.kwargs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -93,7 +98,7 @@ def little_llama(steps: int, length: int) -> Loaded:
             schedule.step()
             optimizer.zero_grad()
             advance(1)
-    print(f"{LITTLE}: trained on {steps * 8 * length:,} tokens, last loss {loss.item():.2f}")
+    print(f"{name}: trained on {steps * 8 * length:,} tokens, last loss {loss.item():.2f}")
     return made
 
 
@@ -102,7 +107,7 @@ def layers_of(loaded: Loaded, tokens: int, length: int) -> list[Layer]:
     model = loaded.model.eval()
     batches = list(batches_of(loaded, python_documentation("record"), length, tokens, batch=2))
     recording = fxfuse.record(model, batches, max_group=0, progress=True)
-    ffns = [b.name for b in recording.branches if b.kind in ("gated_ffn", "ffn")]
+    ffns = [b.name for b in recording.branches if b.kind in ("gated_ffn", "ffn", "moe")]
     attentions = [b.name for b in recording.branches if b.kind == "attention"]
     if len(ffns) != len(attentions):
         raise SystemExit("this compares models whose layers are an attention and an FFN each")
@@ -148,15 +153,17 @@ def saved(model: nn.Module, layers: int, device: str, context: int) -> float:
     """Share of a decode step that one pair saves beyond the drop between, modelled."""
     costs = model_costs(model, device, context=context)
     ffns = [branch.name for branch in costs.branches if len(branch.groups) > 1]
+    if len(ffns) < layers:
+        return 0.0  # experts
     return costs.gain(Plan(parallel=[ffns[layers // 2 : layers // 2 + 2]])).seconds / costs.whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help=f"as the commands of fxfuse take them, or {LITTLE}")
+    parser.add_argument("models", nargs="+", help=f"as the commands of fxfuse take them, or {' or '.join(LITTLE)}")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=300, help=f"of the training of {LITTLE}")
+    parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--device", default="h100", help="the GPU whose times are modelled")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--json", type=Path)
@@ -168,8 +175,8 @@ def main() -> None:
     )
     print("|---" * 8 + "|")
     for name in arguments.models:
-        is_little = name == LITTLE
-        loaded = little_llama(arguments.steps, arguments.length) if is_little else load(name, torch.float32)
+        made = name in LITTLE
+        loaded = little(name, arguments.steps, arguments.length) if made else load(name, torch.float32)
         layers = layers_of(loaded, arguments.tokens, arguments.length)
         parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
         share, thirds = saved(loaded.model, len(layers), arguments.device, arguments.context), summary(layers)

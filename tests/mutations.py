@@ -483,6 +483,34 @@ MUTATIONS = (
         "return self._planned if self._planned.plan else self._under(edit)",
         ("tests/planning/test_find.py",),
     ),
+    Mutation(
+        "score linear maps by what the output projection holds",
+        "fxfuse/planning/find.py",
+        "for name in plan.linear for k, value in self._maps.get(name, {}).items()",
+        "for name in () for k, value in self._maps.get(name, {}).items()",
+        ("tests/planning/test_find.py", "-k", "fitted_before"),
+    ),
+    Mutation(
+        "fit a map behind others that were changed",
+        "fxfuse/healing/pair.py",
+        "self._leave({}, {self.step.out: self._whole_goal()})",
+        "self._leave({}, {})",
+        ("tests/healing/test_alone.py",),
+    ),
+    Mutation(
+        "keep what was measured with other maps",
+        "fxfuse/planning/state.py",
+        'if not edit.linear or header["text"] == self._text',
+        "",
+        ("tests/planning/test_find.py", "-k", "other_text"),
+    ),
+    Mutation(
+        "take what a branch takes by itself for what it takes in the model",
+        "fxfuse/bench/branches.py",
+        "if kind not in fewer:",
+        "if True:",
+        ("tests/planning/test_costs.py", "-k", "less_without"),
+    ),
 )
 
 

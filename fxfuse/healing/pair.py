@@ -85,7 +85,7 @@ class Pair:
         goal = self._original.values[self.step.goal]
         assert isinstance(goal, Tensor)
         for term in self.step.absent:
-            goal = goal - scaled(term, self._original.values)
+            goal = goal - scaled(term, self._original.values, goal)
         return goal
 
     def stream(self, weights: Mapping[str, Tensor]) -> Tensor:

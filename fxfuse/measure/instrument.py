@@ -127,7 +127,8 @@ class Instrumented:
 
     def before(self, index: int) -> Tensor:
         """The stream that branch ``index`` is added to: ``[..., d]``."""
-        return scaled(self.places[index].sum.stream, self._kept)
+        place = self.places[index]
+        return scaled(place.sum.stream, self._kept, _tensor(self._kept[place.sum.out]))
 
     def dropped(self, index: int) -> Changed:
         """What changes when branch ``index`` contributes nothing."""
@@ -144,7 +145,8 @@ class Instrumented:
         for window in self._windows:
             first = window.places[0]
             point = _tensor(self._kept[first.stream.points[first.stream.levels[first.branch.read]]])
-            made = scaled(first.sum.stream, self._kept) + self._contribution(first, self._kept)
+            true = _tensor(self._kept[window.places[-1].sum.out])
+            made = scaled(first.sum.stream, self._kept, true) + self._contribution(first, self._kept)
             for place, job in zip(window.places[1:], window.jobs, strict=True):
                 (own,) = job.changed
                 values = dict(self._program.rerun(job, self._kept, {own: point}))
@@ -153,8 +155,7 @@ class Instrumented:
                 (own,) = step.changed
                 made = made.to(_tensor(self._kept[own]).dtype)
                 passed = dict(self._program.rerun(step, self._kept, {own: made}))
-                made = scaled(place.sum.stream, {**self._kept, place.sum.stream.node: made, **passed})
-            true = _tensor(self._kept[window.places[-1].sum.out])
+                made = scaled(place.sum.stream, {**self._kept, place.sum.stream.node: made, **passed}, true)
             made = made.to(true.dtype)
             error = (made - true).float().norm(dim=-1) / true.float().norm(dim=-1).clamp_min(1e-30)
             yield (
@@ -182,20 +183,23 @@ class Instrumented:
         return Changed(contributions, outputs)
 
     def _contribution(self, place: Place, values: Values) -> Tensor:
-        first, *others = (scaled(term, values) for term in place.branch.terms)
+        stream = _tensor(self._kept[place.sum.out])
+        first, *others = (scaled(term, values, stream) for term in place.branch.terms)
         for other in others:
             first = first + other
         return first
 
     def _add_up(self, start: Tensor, terms: Sequence[Term], like: fx.Node) -> Tensor:
+        stream = _tensor(self._kept[like])
         for term in terms:
-            start = start + scaled(term, self._kept)
-        return start.to(_tensor(self._kept[like]).dtype)
+            start = start + scaled(term, self._kept, stream)
+        return start.to(stream.dtype)
 
 
-def scaled(term: Term, values: Values) -> Tensor:
-    """What ``term`` adds to its sum."""
+def scaled(term: Term, values: Values, stream: Tensor) -> Tensor:
+    """What ``term`` adds to its sum, in the shape of the ``stream``: experts may add token by token."""
     made = _tensor(values[term.node])
+    made = made.reshape_as(stream) if made.numel() == stream.numel() else made
     for factor in term.scale.nodes:
         made = made * values[factor]  # type: ignore[operator]  # a number or a tensor of one
     return made if term.scale.number == 1.0 else made * term.scale.number

@@ -79,6 +79,41 @@ def test_the_matrix_is_what_hooks_on_the_modules_see() -> None:
     assert (recording.p99 >= recording.mean * 0.9).all()
 
 
+def test_experts_that_are_added_token_by_token_are_branches_of_the_stream_too() -> None:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+        experts_implementation="batched_mm",  # of one graph, and of any dtype
+    )
+    model: Any = Qwen2MoeForCausalLM(config).double().eval()
+    given = batch(2, 9)
+
+    recording = fxfuse.record(model, [given])
+
+    kinds = {branch.name: branch.kind for branch in recording.branches}
+    modules = {"model.layers.0.mlp": "model.layers.0.mlp.experts", "model.layers.0.mlp.shared_expert": ""}
+    assert [kinds[name] for name in modules] == ["moe", "gated_ffn"] and len(kinds) == 6
+    for name, module in modules.items():
+        with torch.no_grad():
+            right = model(**given).logits.log_softmax(-1)
+            handle = model.get_submodule(module or name).register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+            left = model(**given).logits.log_softmax(-1)
+            handle.remove()
+        kl = (right.exp() * (right - left)).sum(-1).mean()
+        assert float(recording.kl[recording.index(name)]) == pytest.approx(float(kl), rel=1e-4)
+
+
 def test_a_linear_attention_is_recorded_as_the_map_that_it_is() -> None:
     """Against a model whose attention module does nothing but project, recorded by hooks."""
     model, given = llama(LAYERS), batch()

@@ -50,7 +50,7 @@ class Layer:
         depth: of the layer, 0 to 1.
         distance: mean cosine distance by which its FFN's contribution turns when the FFN before leaves.
         attention: KL of dropping its attention.
-        ffn: KL of dropping its FFN.
+        ffn: KL of dropping its FFN; of experts, the sum of those routed and those shared.
         pair: KL of its FFN and the one before as one wide FFN, beyond that of dropping the attention between.
     """
 
@@ -107,9 +107,9 @@ def layers_of(loaded: Loaded, tokens: int, length: int) -> list[Layer]:
     model = loaded.model.eval()
     batches = list(batches_of(loaded, python_documentation("record"), length, tokens, batch=2))
     recording = fxfuse.record(model, batches, max_group=0, progress=True)
-    ffns = [b.name for b in recording.branches if b.kind in ("gated_ffn", "ffn", "moe")]
     attentions = [b.name for b in recording.branches if b.kind == "attention"]
-    if len(ffns) != len(attentions):
+    blocks = _blocks(recording)
+    if len(blocks) != len(attentions):
         raise SystemExit("this compares models whose layers are an attention and an FFN each")
     planned = Planned(model)
 
@@ -118,20 +118,33 @@ def layers_of(loaded: Loaded, tokens: int, length: int) -> list[Layer]:
         return float(fxfuse.evaluate(planned, batches, reference=model).kl or 0)
 
     found: list[Layer] = []
-    with bar("pairs", "pairs", len(ffns) - 1, True) as advance:
-        for number in range(1, len(ffns)):
-            attention, pair = attentions[number], ffns[number - 1 : number + 1]
+    with bar("pairs", "pairs", len(blocks) - 1, True) as advance:
+        for number in range(1, len(blocks)):
+            attention, pair = attentions[number], blocks[number - 1 : number + 1]
             alone = kl(Plan(drop=[attention]))
-            together = kl(Plan(drop=[attention], parallel=[pair]))
-            found.append(_layer(recording, number / (len(ffns) - 1), pair, alone, together))
+            together = kl(Plan(drop=[attention], parallel=[pair[0] + pair[1]]))
+            found.append(_layer(recording, number / (len(blocks) - 1), pair, alone, together))
             advance(1)
     return found
 
 
-def _layer(recording: Recording, depth: float, pair: Sequence[str], attention: float, together: float) -> Layer:
-    first, second = map(recording.index, pair)
-    distance, ffn = float(recording.mean[first, second]), float(recording.kl[second])
-    return Layer(depth, distance, attention, ffn, together - attention)
+def _blocks(recording: Recording) -> list[list[str]]:
+    """The FFN of each layer; of experts, those that are routed and those that are shared."""
+    made: list[list[str]] = []
+    for branch in recording.branches:
+        if branch.kind == "attention":
+            made.append([])
+        elif branch.kind in ("gated_ffn", "ffn", "moe") and made:
+            made[-1].append(branch.name)
+    return [block for block in made if block]
+
+
+def _layer(
+    recording: Recording, depth: float, pair: Sequence[Sequence[str]], attention: float, together: float
+) -> Layer:
+    first, second = ([recording.index(name) for name in block] for block in pair)
+    distance = max(float(recording.mean[i, j]) for i in first for j in second)
+    return Layer(depth, distance, attention, float(recording.kl[second].sum()), together - attention)
 
 
 def summary(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
@@ -153,8 +166,8 @@ def saved(model: nn.Module, layers: int, device: str, context: int) -> float:
     """Share of a decode step that one pair saves beyond the drop between, modelled."""
     costs = model_costs(model, device, context=context)
     ffns = [branch.name for branch in costs.branches if len(branch.groups) > 1]
-    if len(ffns) < layers:
-        return 0.0  # experts
+    if len(costs.branches) != 2 * len(ffns):
+        return 0.0  # experts stay apart
     return costs.gain(Plan(parallel=[ffns[layers // 2 : layers // 2 + 2]])).seconds / costs.whole
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fxfuse
-from benchmarks.serving.__main__ import PLANS
-from benchmarks.serving.engine import engine
+from benchmarks.serving.plans import PLANS
+from fxfuse.bench.engines.process import Settings, serving
 from fxfuse.data.loading import Loaded, load
 from fxfuse.data.text import python_documentation
 from tests.serving.conftest import PYTHON
@@ -41,10 +41,25 @@ def test_vllm_says_what_the_planned_model_says(
     loaded = load(str(smollm2_folder))
     folder = fxfuse.export(loaded.model, PLANS[name], tmp_path / "out", form, loaded.tokenizer)
 
-    with engine("vllm", PYTHON, [str(folder), implementation], tmp_path / "log") as served:
+    settings = Settings(implementation=implementation, dtype="float32")
+    with serving("vllm", folder, tmp_path / "log", PYTHON, settings) as served:
         made = served.generate(prompts, TOKENS)
 
     wanted = fxfuse.apply(loaded.model, PLANS[name], inner="eager")
+    assert made == [greedy(wanted, prompt) for prompt in prompts]
+
+
+def test_vllm_applies_a_plan_to_a_checkpoint_while_it_loads_it(
+    smollm2_folder: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    PLANS["fused"].save(tmp_path / "plan.json")
+
+    settings = Settings(dtype="float32", plan=str(tmp_path / "plan.json"))
+    with serving("vllm", smollm2_folder, tmp_path / "log", PYTHON, settings) as served:
+        made = served.generate(prompts, TOKENS)
+
+    assert "DeciLMForCausalLM" in served.served.description
+    wanted = fxfuse.apply(load(str(smollm2_folder)).model, PLANS["fused"], inner="eager")
     assert made == [greedy(wanted, prompt) for prompt in prompts]
 
 

@@ -110,6 +110,15 @@ def write_companions(
     write_json(folder / PROVENANCE, made_from)
 
 
+def format_of(folder: Path) -> str | None:
+    """The format of an export, or None if ``folder`` is none."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return None
+    held: dict[str, str] = json.loads(path.read_text())
+    return held.get("format")
+
+
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write ``content`` for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n")

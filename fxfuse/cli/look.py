@@ -90,6 +90,9 @@ def bench(
         str, typer.Option(metavar="FILE", help="with --engine: the Python that has it; by default fxfuse's own")
     ] = "",
     tokens: Annotated[int, typer.Option(min=1, help="with --engine: tokens after the first")] = 16,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="with --engine: CPU threads that it computes with; by default all cores")
+    ] = None,
     implementation: Annotated[
         Implementation, typer.Option(help="with --engine vllm: whose code computes layers")
     ] = Implementation.auto,
@@ -124,7 +127,7 @@ def bench(
             )
         if export is None:
             raise typer.BadParameter("--engine compares a model with its export: name that with --export")
-        how = Serving(engine, python, implementation, compiled, None if dtype is None else dtype.value)
+        how = Serving(engine, python, implementation, compiled, None if dtype is None else dtype.value, threads)
         return bench_in_engine(model, export, how, batch or 1, length or 256, tokens, repeats, json)
     if export is not None:
         raise typer.BadParameter("--export goes with --engine: vllm or llama.cpp")

@@ -30,13 +30,14 @@ class Implementation(StrEnum):
 
 @dataclass(frozen=True)
 class Serving:
-    """The engine: its name, the Python that has it, and for vLLM how it computes."""
+    """The engine: its name, the Python that has it, its threads, and for vLLM how it computes."""
 
     engine: str
     python: str
     implementation: Implementation
     compiled: bool
     dtype: str | None
+    threads: int | None
 
     def settings(self, requests: Requests, export: Path) -> Settings:
         """For the worker of the engine; three of them share a GPU. The code of transformers computes both, or neither.
@@ -60,6 +61,7 @@ class Serving:
             room=requests.room,
             sequences=requests.batch,
             memory=0.3,
+            threads=self.threads,
         )
 
 

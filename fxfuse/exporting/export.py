@@ -76,7 +76,7 @@ def export(
         raise ExportError(f"unknown format {format!r}{nearest(format, FORMATS, len(FORMATS))}")
     edits = edits_of(plan)
     healed.check(model, edits)
-    request = Request(model, edits, example or _example(model), tokenizer, progress, check, options)
+    request = Request(model, edits, example or example_of(model), tokenizer, progress, check, options)
     write: Write = import_module(FORMATS[format]).prepare(request)
     with new_folder(folder, overwrite) as partial:
         write_companions(partial, model, edits, format, tokenizer)
@@ -84,7 +84,7 @@ def export(
     return Path(folder)
 
 
-def _example(model: nn.Module) -> dict[str, object]:
+def example_of(model: nn.Module) -> dict[str, object]:
     """Tokens all over the vocabulary, longer than a short attention window would hide."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(embedding, nn.Embedding):

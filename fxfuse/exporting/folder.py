@@ -35,14 +35,17 @@ def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Itera
     """A folder to write to that takes the name ``folder`` when all is written, and is gone if anything fails.
 
     What is killed meanwhile leaves ``folder`` as it was, and ``.NAME.partial`` beside it, which the next export takes
-    away. With ``overwrite`` the old folder is moved aside just before the new one takes its place.
+    away. With ``overwrite`` the old folder is moved aside, to ``.NAME.old``, just before the new one takes its place;
+    what is killed between the two leaves no ``folder``, and the next export moves the old one back before it begins.
 
     Raises:
         ExportError: there is something of that name already, or nothing can be written there; or the disk is full.
     """
     target = Path(os.path.realpath(folder))
-    _check(target, overwrite)
     partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+    _check(target, overwrite)
     try:
         for left in (partial, old):
             if left.exists():
@@ -108,6 +111,15 @@ def write_companions(
         **notes,
     }
     write_json(folder / PROVENANCE, made_from)
+
+
+def format_of(folder: Path) -> str | None:
+    """The format of an export, or None if ``folder`` is none."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return None
+    held: dict[str, str] = json.loads(path.read_text())
+    return held.get("format")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -22,6 +22,7 @@ from fxfuse.exporting.layout import Attention, GatedFFN, Layout
 from fxfuse.exporting.llama import llama_layout
 from fxfuse.exporting.request import Request
 from fxfuse.exporting.scalars import scalars_of
+from fxfuse.exporting.stream import Planned
 from fxfuse.exporting.tensors import write_weights
 from fxfuse.exporting.weights import Weight, filled, stacked
 
@@ -39,9 +40,7 @@ def prepare(request: Request) -> Callable[[Path], None]:
     """
     request.no_options("nemotron-nas")
     planned = request.planned()
-    layout = llama_layout(planned)
-    config = _config(layout, request.model)
-    weights = dict(_weights(layout, config))
+    config, weights = checkpoint(planned, request.model)
 
     def write(folder: Path) -> None:
         for name in _FILES:
@@ -56,6 +55,17 @@ def prepare(request: Request) -> Callable[[Path], None]:
             check_folder(folder, DeciLMForCausalLM, planned, request)
 
     return write
+
+
+def checkpoint(planned: Planned, model: nn.Module) -> tuple[dict[str, object], dict[str, Weight]]:
+    """The config of the planned model and its weights by name, none of which is made yet.
+
+    Raises:
+        ExportError: the format cannot say it.
+    """
+    layout = llama_layout(planned)
+    config = _config(layout, model)
+    return config, dict(_weights(layout, config))
 
 
 def _config(layout: Layout, model: nn.Module) -> dict[str, object]:

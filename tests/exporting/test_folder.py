@@ -10,6 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import fxfuse
 from fxfuse.errors import ExportError, OptionError, PlanError
@@ -124,63 +128,117 @@ def test_what_is_no_format_no_option_or_no_plan_of_the_model_is_said(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_killed_between_two_names_is_put_back(tmp_path: Path) -> None:
+    out, old = tmp_path / "out", tmp_path / ".out.old"
+    old.mkdir()
+    (old / "mine.txt").write_text("mine")
+
+    with pytest.raises(ExportError, match="not empty"):
+        fxfuse.export(tiny("llama"), PLAN, out, "nemotron-nas", check=False)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+    fxfuse.export(tiny("llama"), PLAN, out, "nemotron-nas", overwrite=True, check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (out / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("form", ["nemotron-nas", "transformers"])
+def test_a_tokenizer_loads_without_trust_in_the_folders_code(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {"[UNK]": 0, "hello": 1, "there": 2}
+    backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    given = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+    folder = fxfuse.export(tiny("llama"), PLAN, tmp_path / "out", form, given, check=False)
+
+    # With no word on trust transformers would ask on the terminal, as the model's config is code, and go on either way.
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(prompt))
+    made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert made.encode("hello there you") == [1, 2, 0]
+
+
 _KILLED = """
-import os, random, sys
+import json, os, random, sys
+from pathlib import Path
 import fxfuse
-from fxfuse.exporting import folder as folders
 from fxfuse.exporting import tensors
 from tests.exporting.families import tiny
 from tests.exporting.test_folder import PLAN
 
-folder, seed = sys.argv[1], int(sys.argv[2])
+folder, form, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 model = tiny("llama")
-for moment in random.Random(seed).sample(range(55), 10):
+STEPS = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree", "shutil.copyfile")
+
+
+def export(last, where):
+    \"\"\"Export in a process that is killed before the step ``last`` that changes a file; says how many it took.\"\"\"
+    reading, writing = os.pipe()
     child = os.fork()
     if child:
-        os.waitpid(child, 0)
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else None
-        print(moment, names and os.path.isfile(f"{folder}/config.json"), flush=True)
-        continue
-    write, made = tensors._write_one, [0]
+        os.close(writing)
+        told = os.read(reading, 100)
+        os.close(reading)
+        _, status = os.waitpid(child, 0)
+        return int(told or -1), status
+    taken = 0
 
-    def counting(file, weight):
-        write(file, weight)
-        file.flush()
-        made[0] += 1
-        if made[0] == moment:
-            os._exit(9)
+    def step(*_):
+        nonlocal taken
+        if taken == last:
+            os.kill(os.getpid(), 9)
+        taken += 1
 
-    tensors._write_one = counting
-    fxfuse.export(model, PLAN, folder, "nemotron-nas", overwrite=True, check=False)
+    def audit(event, args):
+        if event in STEPS and str(args[0]).startswith(str(where.parent)):
+            step()
+
+    write = tensors._write_one
+    tensors._write_one = lambda file, weight: (file.flush(), step(), write(file, weight))
+    sys.addaudithook(audit)
+    fxfuse.export(model, PLAN, where, form, overwrite=True, check=False)
+    os.write(writing, str(taken).encode())
     os._exit(0)
+
+
+whole = folder.parent / "whole"
+if folder.exists():
+    whole.mkdir()
+    (whole / "there").touch()
+steps, status = export(-1, whole)
+assert status == 0
+for moment in random.Random(seed).sample(range(steps), 5):
+    _, status = export(moment, folder)
+    there = folder.exists(), folder.with_name(f".{folder.name}.old").exists()
+    if there[0]:
+        os.system(f"cp -r {folder} {folder.parent}/after-{moment}")
+    print(json.dumps([status, *there]), flush=True)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["nemotron-nas", "transformers"])
 @pytest.mark.parametrize("there_before", [False, True], ids=["new", "replaced"])
-def test_killed_at_random_moments_it_leaves_no_folder_that_loads_wrong(there_before: bool, tmp_path: Path) -> None:
-    out, model = tmp_path / "out", tiny("llama")
+def test_killed_at_random_moments_it_leaves_no_folder_that_loads_wrong(
+    there_before: bool, form: str, tmp_path: Path
+) -> None:
+    """Five of twenty kills. The folder is absent, or all of what was there before, or all of what was written."""
+    out, model, before = tmp_path / "out", tiny("llama"), fxfuse.Plan(drop=["model.layers.3.self_attn"])
     if there_before:
-        fxfuse.export(model, PLAN, out, "nemotron-nas", check=False)
+        fxfuse.export(model, before, out, form, check=False)
+    seed = 2 * ["nemotron-nas", "transformers"].index(form) + there_before
 
     told = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(out), str(int(there_before))], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _KILLED, str(out), form, str(seed)], capture_output=True, text=True, check=True
     )
 
-    lines = [line.split() for line in told.stdout.splitlines() if line[:1].isdigit()]
-    killed = [line for line in lines if int(line[0]) <= _written()]
-    assert len(lines) == 10
-    assert len(killed) >= 5
-    first_whole = next((index for index, line in enumerate(lines) if int(line[0]) > _written()), len(lines))
-    wanted = "True" if there_before else "None"
-    assert all(line[1] == wanted for line in lines[:first_whole])
-    assert all(line[1] == "True" for line in lines[first_whole:])
-    if (out / "config.json").exists():
-        assert difference(loaded(out), fxfuse.apply(model, PLAN, inner="eager")) < 1e-8
-    fxfuse.export(tiny("llama"), PLAN, out, "nemotron-nas", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def _written() -> int:
-    """How many tensors the export of this file's model has: 5 attentions and FFNs, embedding, norm and head."""
-    return 5 * 5 + 5 * 4 + 3
+    killed = [json.loads(line) for line in told.stdout.splitlines() if line.startswith("[")]
+    assert [status for status, *_ in killed] == [9] * 5
+    assert not there_before or all(any(there) for _, *there in killed)
+    wanted = [fxfuse.apply(tiny("llama"), plan, inner="eager") for plan in (before, PLAN)]
+    for folder in tmp_path.glob("after-*"):
+        assert min(difference(loaded(folder), one) for one in wanted) < 1e-8
+    fxfuse.export(tiny("llama"), PLAN, out, form, overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+    assert difference(loaded(out), wanted[1]) < 1e-8

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from benchmarks.serving.__main__ import PLANS
-from benchmarks.serving.engine import engine
+from benchmarks.serving.plans import PLANS
+from fxfuse.bench.engines.process import Settings, serving
 from fxfuse.data.loading import Loaded, smollm2_path
 from fxfuse.data.text import python_documentation
 from tests.exporting.families import tiny, tokens
@@ -25,7 +25,7 @@ WIDE = [["model.layers.1.mlp", "model.layers.2.mlp", "model.layers.3.mlp"]]
 
 def answers(folder: Path, prompts: Sequence[Sequence[int]], count: int, log: Path) -> tuple[list[list[int]], Tensor]:
     """What llama.cpp says after the prompts, and its logits of the first of them."""
-    with engine("llama.cpp", LLAMA_PYTHON, [str(folder), "1"], log / "log") as served:
+    with serving("llama.cpp", folder, log / "log", LLAMA_PYTHON, Settings(threads=1)) as served:
         made = served.generate(prompts, count)
         served.write_logits(prompts[:1], log / "logits.npy")
     return made, torch.from_numpy(np.load(log / "logits.npy"))

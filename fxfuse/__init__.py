@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxfuse.measure.evaluation import Metrics, evaluate
     from fxfuse.measure.recorder import record
     from fxfuse.measure.recording import Recording
+    from fxfuse.measure.units import narrowed
     from fxfuse.model.pruning import prune
     from fxfuse.packing.calls import refresh
     from fxfuse.plan import Plan
@@ -35,6 +36,7 @@ _HOME = {
     "Healing": "fxfuse.healing.heal",
     "make_plan": "fxfuse.planning",
     "Metrics": "fxfuse.measure.evaluation",
+    "narrowed": "fxfuse.measure.units",
     "Plan": "fxfuse.plan",
     "PlanError": "fxfuse.errors",
     "prune": "fxfuse.model.pruning",
@@ -58,6 +60,7 @@ __all__ = [
     "export",
     "heal",
     "make_plan",
+    "narrowed",
     "prune",
     "record",
     "refresh",

@@ -1,7 +1,8 @@
 """The plan: the only thing in fxfuse that changes what a model computes.
 
 A plan names branches of the residual stream and says of each whether it leaves (``drop``), whether one linear map takes
-the place of an attention (``linear``), and where it reads and is added (``parallel``). It is data: immutable, readable
+the place of an attention (``linear``), which hidden units an FFN keeps (``narrow``), and where it reads and is added
+(``parallel``). It is data: immutable, readable
 JSON, versioned, valid for all graphs of its model.
 """
 
@@ -10,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_serializer, model_validator
 
 from fxfuse._common.files import write_atomically
+from fxfuse._common.units import Narrowed, Units
 from fxfuse.errors import PlanError
 
 Member: TypeAlias = str | tuple[str, ...]
@@ -31,7 +33,7 @@ class Decision:
     """What became of one edit that was thought of, and why.
 
     Attributes:
-        edit: "drop" a branch, make an attention "linear", or make FFNs "parallel".
+        edit: "drop" a branch, make an attention "linear", "narrow" an FFN, or make FFNs "parallel".
         branches: the branch, or the group.
         outcome: "kept", "split" (its halves have decisions of their own) or "refused".
         why: in words.
@@ -43,7 +45,7 @@ class Decision:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=False)  # JSON has lists for tuples
 
-    edit: Literal["drop", "linear", "parallel"]
+    edit: Literal["drop", "linear", "narrow", "parallel"]
     branches: tuple[str, ...]
     outcome: Literal["kept", "split", "refused"]
     why: str
@@ -66,6 +68,9 @@ class Plan(BaseModel):
             the point that they read, then their output projection, and what follows it (NBL, arXiv 2505.21077; Puzzle's
             linear blocks). Where that projection does not map the stream's width to itself, ``fxfuse.prune`` and
             ``fxfuse.apply`` put a map there that does. Such a branch may be a member of a group, too.
+        narrow: of each FFN in it the hidden units that it keeps, by index: it computes these, and its down projection
+            reads these (Puzzle, arXiv 2411.19146). Given as numbers or as text, "0-511,600"; kept as ascending tuples.
+            Such a branch may be a member of a group, too.
         parallel: groups. A group stands where its first member stands in the stream; all its members read the stream
             there and the sum of their contributions is added there. FFN Fusion is ``[["l5.mlp", "l6.mlp"]]``; layer
             parallelism ``[["l5.attn", "l6.attn"], ["l5.mlp", "l6.mlp"]]``; the full-block parallelism of
@@ -74,8 +79,8 @@ class Plan(BaseModel):
             It changes nothing, so plans that differ only in it are equal.
 
     Raises:
-        PlanError: an entry is empty, not a name, or named twice (but for one in ``linear`` and in a group); the message
-            quotes it.
+        PlanError: an entry is empty, not a name, or named twice (but for one in ``linear`` or ``narrow`` and in a
+            group), or units are none; the message quotes it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -83,8 +88,13 @@ class Plan(BaseModel):
     version: Literal[1] = 1
     drop: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
+    narrow: InstanceOf[Narrowed] = Narrowed()
     parallel: tuple[Group, ...] = ()
     why: tuple[Decision, ...] = Field(default=(), exclude=True, repr=False)
+
+    @field_serializer("narrow")
+    def _as_text(self, narrow: Narrowed) -> dict[str, str]:
+        return narrow.as_text()
 
     def __init__(self, **data: object) -> None:
         try:
@@ -98,7 +108,11 @@ class Plan(BaseModel):
         """JSON and people write lists; what a plan keeps are tuples, because a plan is immutable."""
         if isinstance(data, dict):
             listed = ("drop", "linear", "parallel", "why")
-            return {key: _tuples(value) if key in listed else value for key, value in data.items()}
+            made = {key: _tuples(value) if key in listed else value for key, value in data.items()}
+            narrow = made.get("narrow", {})
+            if not isinstance(narrow, Mapping):
+                raise ValueError(f"narrow is {narrow!r}, not the hidden units of each FFN by its name")
+            return made | {"narrow": Narrowed(narrow)}
         return data
 
     @model_validator(mode="after")
@@ -112,7 +126,7 @@ class Plan(BaseModel):
         for name, where in self._entries():
             if not name.strip():
                 raise ValueError(f"{where} is an empty name")
-            if name in seen and not (seen[name].startswith("linear") and where.startswith("parallel")):
+            if name in seen and not (seen[name].startswith(("linear", "narrow")) and where.startswith("parallel")):
                 raise ValueError(f"{name!r} is in {seen[name]} and again in {where}; a branch is edited at most once")
             seen[name] = where
         return self
@@ -122,6 +136,8 @@ class Plan(BaseModel):
             yield name, f"drop[{index}]"
         for index, name in enumerate(self.linear):
             yield name, f"linear[{index}]"
+        for name in self.narrow:
+            yield name, "narrow"
         for index, group in enumerate(self.parallel):
             for name in flat(group):
                 yield name, f"parallel[{index}]"
@@ -132,7 +148,7 @@ class Plan(BaseModel):
         return tuple(dict.fromkeys(name for name, _ in self._entries()))
 
     def __bool__(self) -> bool:
-        return bool(self.drop or self.linear or self.parallel)
+        return bool(self.drop or self.linear or self.narrow or self.parallel)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._edits == other._edits
@@ -141,20 +157,22 @@ class Plan(BaseModel):
         return hash(self._edits)
 
     @property
-    def _edits(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Group, ...]]:
-        return self.drop, self.linear, self.parallel
+    def _edits(self) -> tuple[tuple[str, ...], tuple[str, ...], Mapping[str, Units], tuple[Group, ...]]:
+        return self.drop, self.linear, self.narrow, self.parallel
 
     @property
     def digest(self) -> str:
         """The SHA-256 of the edits, in hexadecimal: the same for plans that differ only in order, or in ``why``."""
         edits = self.model_dump(exclude={"version", "why"})
-        kinds = {kind: sorted(map(_canonical, entries)) for kind, entries in edits.items() if entries}
+        narrow = {"narrow": narrow} if (narrow := edits.pop("narrow")) else {}
+        kinds = {kind: sorted(map(_canonical, entries)) for kind, entries in edits.items() if entries} | narrow
         return hashlib.sha256(json.dumps(kinds, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """What a file of the plan holds; ``linear`` only if it names any; decisions, if there are any, one a line."""
+        """What a file of the plan holds; ``linear`` and ``narrow`` only if they name any; decisions one a line."""
         linear = {"linear": self.linear} if self.linear else {}
-        edits = {"version": self.version, "drop": self.drop, **linear, "parallel": self.parallel}
+        narrow = {"narrow": self.narrow.as_text()} if self.narrow else {}
+        edits = {"version": self.version, "drop": self.drop, **linear, **narrow, "parallel": self.parallel}
         text = json.dumps(edits, indent=2)
         if not self.why:
             return text
@@ -189,7 +207,7 @@ class Plan(BaseModel):
             raise PlanError(f"plan {source!r}: {error}") from error
         if not isinstance(data, dict):
             raise PlanError(
-                f"plan {source!r} holds a {type(data).__name__}, not an object with drop, linear and parallel"
+                f"plan {source!r} holds a {type(data).__name__}, not an object with drop, linear, narrow and parallel"
             )
         try:
             return cls(**data)
@@ -227,7 +245,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return f"unknown entry {where!r}; a plan has version, drop, linear and parallel"
+        return f"unknown entry {where!r}; a plan has version, drop, linear, narrow and parallel"
     if where == "version":
         return f"version {first['input']!r} is not one this library reads (it reads 1)"
     return f"{where}: {first['msg']}, got {first['input']!r}"

@@ -130,7 +130,7 @@ def check(case: Case) -> None:
         if plan is None:
             expected = as_tuple(twin(x.clone()))
         else:
-            outputs = reference(twin, x, drop=plan.drop, parallel=plan.parallel, linear=plan.linear)
+            outputs = reference(twin, x, drop=plan.drop, parallel=plan.parallel, linear=plan.linear, narrow=plan.narrow)
             expected = outputs if spec.taps != "none" else outputs[:1]
         assert_exact(as_tuple(run(x)), expected)
 

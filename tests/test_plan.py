@@ -21,6 +21,7 @@ PLANS = [
     Plan(drop=["l.3.attn", "@7"], parallel=[["l.0.mlp", "l.1.mlp", "l.2.mlp"], [["l.4.attn", "l.4.mlp"], "l.5.mlp"]]),
     Plan(drop=['l."quoted".\u00e9\u4e2d']),
     Plan(drop=["l.0.attn"], linear=["l.1.attn", "l.2.attn"], parallel=[["l.1.mlp", "l.2.attn", "l.2.mlp"]]),
+    Plan(narrow={"l.1.mlp": [5, 0, 1], "l.4.mlp": range(0, 900, 2)}, parallel=[["l.1.mlp", "l.2.mlp"]]),
 ]
 
 
@@ -43,6 +44,15 @@ class TestValidation:
             ({"linear": [""]}, ["linear[0]", "empty name"]),
             ({"linear": "l.0.attn"}, ["linear", "l.0.attn"]),
             ({"linear": [["a", "b"]]}, ["linear[0]", "a"]),
+            ({"drop": ["a"], "narrow": {"b": [0], "a": [1]}}, ["'a'", "drop[0]", "narrow"]),
+            ({"linear": ["a"], "narrow": {"a": [1]}}, ["'a'", "linear[0]", "narrow"]),
+            ({"narrow": {"a": []}}, ["narrow['a']", "no hidden unit", "drop the FFN"]),
+            ({"narrow": {"a": [1, 1]}}, ["narrow['a']", "unit 1 is there twice"]),
+            ({"narrow": {"a": [-1]}}, ["narrow['a']", "-1"]),
+            ({"narrow": {"a": "0-x"}}, ["narrow['a']", "'0-x'"]),
+            ({"narrow": {"a": 3}}, ["narrow['a']", "3"]),
+            ({"narrow": {"": [3]}}, ["empty name"]),
+            ({"narrow": ["a"]}, ["narrow is", "'a'"]),
             ({"drop": ["a", ""]}, ["drop[1]", "empty name"]),
             ({"drop": [" "]}, ["drop[0]", "empty name"]),
             ({"parallel": [["a", ""]]}, ["parallel[0]", "empty name"]),
@@ -54,7 +64,7 @@ class TestValidation:
             ({"parallel": [["a", 7]]}, ["parallel[0][1]", "7"]),
             ({"parallel": [["a", ["b", 7]]]}, ["parallel[0][1]", "7"]),
             ({"parallel": [["a", [["b", "c"], "d"]]]}, ["parallel[0][1]"]),
-            ({"paralel": [["a", "b"]]}, ["'paralel'", "version, drop, linear and parallel"]),
+            ({"paralel": [["a", "b"]]}, ["'paralel'", "version, drop, linear, narrow and parallel"]),
             ({"version": 2}, ["version 2", "reads 1"]),
             ({"version": "1"}, ["version '1'", "reads 1"]),
             ({"version": None}, ["version None", "reads 1"]),
@@ -275,6 +285,15 @@ class TestWhy:
             torch.compile(model, backend="ffnfuse", options={"plan": plan, "inner": counter})(x)
 
         assert len(counter) == 1
+
+
+def test_units_are_written_as_text_and_read_from_numbers_as_well() -> None:
+    plan = Plan(narrow={"l.1.mlp": [600, *range(512)]})
+    assert json.loads(plan.to_json())["narrow"] == {"l.1.mlp": "0-511,600"}
+    assert Plan.from_json('{"narrow": {"l.1.mlp": [600, ' + ", ".join(map(str, range(512))) + "]}}") == plan
+    other = Plan(narrow={"l.1.mlp": range(512)})
+    assert other != plan and other.digest != plan.digest
+    assert plan.digest == Plan(narrow={"l.1.mlp": "600,0-511"}).digest and plan.names == ("l.1.mlp",)
 
 
 def test_the_digest_is_of_the_edits_and_not_of_their_order() -> None:

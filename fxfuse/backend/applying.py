@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fxfuse._common.units import Narrowed
 from fxfuse._torch.compiled import COMPILED_CALL, compiled_call, set_compiled_call, uncompiled_call
 from fxfuse._torch.dynamo import skips
 from fxfuse._torch.modules import PARTS, pre_hooks
@@ -18,6 +19,7 @@ from fxfuse.backend.frontend import own_code
 from fxfuse.backend.options import Compiler, Options
 from fxfuse.model import healed
 from fxfuse.model.force import Watch, watch_of, without_watches
+from fxfuse.model.narrowing import narrowed_in
 from fxfuse.model.pruning import dropped_in, linear_in, prune_until
 from fxfuse.plan import Plan
 
@@ -49,14 +51,14 @@ def apply(
     Raises:
         PlanError, OptionError: the plan or an option is not valid, a pruned module is no branch, or the model was
             healed for another plan.
-        PruneError: a dropped branch, or an attention made linear, cannot leave the model. After any of these the model
-            is as it was.
+        PruneError: a dropped branch, an attention made linear, or units of a narrowed FFN cannot leave the model. After
+            any of these the model is as it was.
     """
     given: dict[str, object] = {"plan": plan, "inner": inner, **options}
     chosen = Options.parse(given)
     given["plan"], edits = chosen.plan, chosen.edits  # a file that changes later must not part pruning from compiling
     healed.check(model, edits)
-    leaving = Plan(drop=_modules(edits.drop), linear=_modules(edits.linear))
+    leaving = of_modules(edits)
     with ExitStack() as undo:
         if isinstance(example, Mapping):
             prune_until(undo, model, leaving, (), example)
@@ -67,18 +69,24 @@ def apply(
         undo.callback(_put_back, [(module, _state(module)) for module in model.modules()])
         if (old := watch_of(model)) is not None:
             old.remove(model)
-        if edits.parallel or (edits.drop, edits.linear) != (leaving.drop, leaving.linear):
+        if edits != leaving:
             Watch(edits).put(model)
         _compile(model, given, edits)
-        gone = {"drop": dropped_in(model), "linear": linear_in(model)}
-        held = {"drop": edits.drop, "linear": edits.linear}
-        healed.keep(model, edits.model_copy(update={k: tuple(dict.fromkeys((*held[k], *gone[k]))) for k in held}))
+        gone = {"drop": (*edits.drop, *dropped_in(model)), "linear": (*edits.linear, *linear_in(model))}
+        narrow = Narrowed({**edits.narrow, **narrowed_in(model)})
+        held = {kind: tuple(dict.fromkeys(names)) for kind, names in gone.items()}
+        healed.keep(model, edits.model_copy(update={**held, "narrow": narrow}))
         undo.pop_all()
     return model
 
 
+def of_modules(plan: Plan) -> Plan:
+    """What of a plan can leave the modules; a branch that is called by its number is edited in the graph alone."""
+    narrow = {name: units for name, units in plan.narrow.items() if not name.startswith("@")}
+    return Plan(drop=_modules(plan.drop), linear=_modules(plan.linear), narrow=narrow)
+
+
 def _modules(names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the names that are modules'; a branch that is called by its number is edited in the graph alone."""
     return tuple(name for name in names if not name.startswith("@"))
 
 

@@ -53,7 +53,8 @@ def for_root(plan: Plan, root: nn.Module | None) -> Plan:
         return own(member) if isinstance(member, str) else tuple(map(own, member))
 
     groups = tuple(tuple(map(member_of, group)) for group in plan.parallel)
-    return Plan(drop=tuple(map(own, plan.drop)), linear=tuple(map(own, plan.linear)), parallel=groups)
+    narrow = {own(name): units for name, units in plan.narrow.items()}
+    return Plan(drop=tuple(map(own, plan.drop)), linear=tuple(map(own, plan.linear)), narrow=narrow, parallel=groups)
 
 
 def cut(names: Mapping[fx.Node, str]) -> Cut:
@@ -110,7 +111,7 @@ def _replacing(numbers: Mapping[fx.Node, float]) -> Callable[[fx.Node], fx.node.
 def elsewhere(root: nn.Module | None, names: Mapping[fx.Node, str], plan: Plan) -> Callable[[str], bool]:
     """Whether a branch's name stands for a module that this graph does not hold: another does, or it was pruned.
 
-    What was dropped before cannot be made linear.
+    What was dropped before cannot be made linear, nor be narrowed.
     """
     if root is None:
         return lambda name: False
@@ -122,7 +123,7 @@ def elsewhere(root: nn.Module | None, names: Mapping[fx.Node, str], plan: Plan) 
         if module is None:
             return False
         if is_dropped(module):
-            return name not in plan.linear
+            return name not in plan.linear and name not in plan.narrow
         held = [clean(f"{name}.{own}") for own, _ in module.named_parameters()]
         return bool(held) and not any(path in here for path in held)
 

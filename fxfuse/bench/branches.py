@@ -55,6 +55,8 @@ class BranchTime:
         parameters: bytes of its weights.
         linear_parameters: of the weights that a linear map keeps.
         cache: bytes of the KV cache that it keeps in this call.
+        width: hidden units of an FFN that can be narrowed; 0 of all else.
+        unit_parameters: bytes of the weights of one of them.
     """
 
     name: str
@@ -64,6 +66,8 @@ class BranchTime:
     parameters: int
     linear_parameters: int
     cache: int
+    width: int = 0
+    unit_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,8 @@ def _result(
                 parameters=cutter.parameter_bytes(branch),
                 linear_parameters=maps.parameter_bytes(linear[branch.name]) if maps is not None and has_map else 0,
                 cache=cutter.cache_bytes(branch),
+                width=0 if branch.ffn is None else branch.ffn.projections[0].width,
+                unit_parameters=cutter.unit_bytes(branch),
             )
     apart = abs(samples.ratio(AGAIN, _name(0, 1)) - 1)
     return BranchTimes(samples.median(WHOLE), tuple(map(found.__getitem__, _by_name(cutter))), apart, samples)

@@ -108,6 +108,15 @@ class Cutter:
         """Bytes of the branch's weights."""
         return sum(map(size_of, branch.parameters))
 
+    def unit_bytes(self, branch: Branch) -> int:
+        """Bytes of the weights of one hidden unit, of an FFN that tells them apart; 0 of all else."""
+        if branch.ffn is None:
+            return 0
+        known = value(branch.ffn.down.weight)
+        item = 0 if known is None else known.element_size()
+        rows = sum(each.fan_in + (each.bias is not None) for each in branch.ffn.projections)
+        return item * (rows + branch.ffn.down.width)
+
     def _body(self, branches: Sequence[Branch]) -> list[fx.Node]:
         """The branches' nodes, and what they compute of weights alone or take that is no tensor, in graph order."""
         found = {node for branch in branches for node in branch.body}

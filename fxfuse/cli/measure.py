@@ -100,6 +100,9 @@ def plan(
     context: Annotated[int, typer.Option(min=2, help="tokens in the KV cache, or in the prompt")] = 2048,
     device: Annotated[str | None, typer.Option(help="model the time on this GPU (h100, ...), and time nothing")] = None,
     tp: Annotated[int, typer.Option(min=1, help="among how many of them the model is divided")] = 1,
+    narrow: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="FFNs may keep this share of their units; repeatable")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.0, help="after which no edit is exchanged any more")] = None,
     heal: Annotated[
         bool, typer.Option("--heal", help="let attentions become linear maps, and choose by what healing gives")
@@ -143,7 +146,7 @@ def plan(
         read = list(batches(loaded, text, "plan", length, tokens, 1))
         costs = _costs(loaded, read, context, phase, device, tp, not json)
         state = output.with_name(f"{output.name}.search")
-        effort = Effort(minutes=minutes)
+        effort = Effort(minutes=minutes, narrow=tuple(narrow or ()))
         kinds = _healed_on(loaded, heal_text, length) if heal or heal_text else {}
         found = find_plan(
             recorded,

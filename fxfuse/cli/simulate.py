@@ -130,7 +130,8 @@ def _left(plan: Plan, layout: Layout) -> Plan:
 
     names = {shape.name for shape in layout.shapes}
     drop, linear = ([name for name in edited if name in names] for edited in (plan.drop, plan.linear))
-    return Plan(drop=drop, linear=linear, parallel=plan.parallel)
+    narrow = {name: units for name, units in plan.narrow.items() if name in names}
+    return Plan(drop=drop, linear=linear, narrow=narrow, parallel=plan.parallel)
 
 
 def _line(layout: Layout, terms: Terms, first: float, setting: Setting) -> Line:

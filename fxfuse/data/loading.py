@@ -22,7 +22,7 @@ from torch import nn
 from fxfuse._torch.pytree import tree_map_only
 from fxfuse.errors import FxfuseError, LoadError, MissingDependencyError
 from fxfuse.model import healed
-from fxfuse.model.checkpoint import load_maps
+from fxfuse.model.checkpoint import load_planned, narrowed_at
 from fxfuse.plan import Plan
 
 if TYPE_CHECKING:
@@ -160,9 +160,13 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> Loaded:
 
     with _blaming(folder, _CHECKPOINT):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=bool(narrowed_at(folder)),  # load_planned reads those
         )
-        load_maps(model, folder)
+        load_planned(model, folder)
         has_tokenizer = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
     return _language_model(model, tokenizer)

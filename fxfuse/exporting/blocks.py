@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fxfuse.errors import ExportError
 from fxfuse.exporting.calls import Site
 from fxfuse.exporting.units import Unit
-from fxfuse.plan import Member
+from fxfuse.plan import Member, Plan
 
 Points = list[tuple[Member, ...]]
 
@@ -36,7 +36,7 @@ class PlannedLayer:
 
 
 def planned_layers(
-    points: Points, sums: Sequence[Sequence[Unit]], sites: Mapping[str, Site], linear: Sequence[str]
+    points: Points, sums: Sequence[Sequence[Unit]], sites: Mapping[str, Site], plan: Plan
 ) -> list[PlannedLayer]:
     """Distribute the points over layers.
 
@@ -44,7 +44,7 @@ def planned_layers(
         points: of the planned stream.
         sums: units of the original's.
         sites: how units are called.
-        linear: paths of units that are linear maps now, and have no cache.
+        plan: of which linear maps have no cache, and narrowed FFNs change the layer that they are in.
 
     Raises:
         ExportError: no attention is left, or two points need the same layer.
@@ -54,7 +54,7 @@ def planned_layers(
     early: Points = []
     rest: list[Points] = []
     for point in points:
-        caching = tuple(path for path in _flat(point) if sites[path].caches and path not in linear)
+        caching = tuple(path for path in _flat(point) if sites[path].caches and path not in plan.linear)
         if not caching:
             (rest[-1] if rest else early).append(point)
             continue
@@ -69,6 +69,7 @@ def planned_layers(
         raise ExportError(f"{double!r} has two attentions at different points of the planned stream")
     for layer, own in zip(layers, rest, strict=True):
         _place(layer, own, sums)
+        layer.changed |= any(path in plan.narrow for point in own for path in _flat(point))
     return layers
 
 

@@ -90,7 +90,7 @@ class _Reader:
         raise ExportError(f"{names} {together}, and a layer of a Llama is one attention, then one gated FFN")
 
     def _part(self, branch: Branch) -> Part:
-        part = part_of(branch)
+        part = part_of(branch, self._planned.plan)
         if isinstance(part, str):
             raise ExportError(f"{branch.name!r} is no FFN of a Llama: {part}")
         return part

@@ -19,6 +19,7 @@ from torch.export import Dim, export
 
 from fxfuse._common.progress import bar
 from fxfuse._torch.aoti import compile_ahead, write_package
+from fxfuse.backend.applying import of_modules
 from fxfuse.backend.naming import elsewhere
 from fxfuse.errors import ExportError, FxfuseError
 from fxfuse.exporting.check import relative_difference
@@ -111,7 +112,7 @@ def trace(model: nn.Module, plan: Plan, check: bool = True, traced: Callable[[],
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ExportError("pt2 is for causal language models of Hugging Face: others have caches of their own")
     healed.check(model, plan)
-    leaving = Plan(drop=_modules(plan.drop), linear=_modules(plan.linear))
+    leaving = of_modules(plan)
     with ExitStack() as undo:
         prune_until(undo, model, leaving, (), {})
         undo.enter_context(trial(model))
@@ -127,11 +128,6 @@ def trace(model: nn.Module, plan: Plan, check: bool = True, traced: Callable[[],
         if check:
             _check(programs, model, plan)
     return programs
-
-
-def _modules(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the names that are modules'; a branch that is called by its number is edited in the graph alone."""
-    return tuple(name for name in names if not name.startswith("@"))
 
 
 def _planned(call: CachedCall, plan: Plan, example: tuple[Tensor, Tensor, list[Tensor]]) -> fx.GraphModule:

@@ -51,7 +51,7 @@ def prepare(request: Request) -> Callable[[Path], None]:
     units = {unit.path: unit for each in sums for unit in each}
     points = points_of(sums, planned.plan)
     sites = sites_of(model, list(units.values()), request.example)
-    layers = planned_layers(points, sums, sites, planned.plan.linear)
+    layers = planned_layers(points, sums, sites, planned.plan)
     trees = Trees(planned, units, sites, factors_of(planned, sums, sites), f"{base}.")
     blocks = trees.blocks(layers)
     original, own = _attributes(model, path, layers)

@@ -93,18 +93,19 @@ class Trees:
                 if member not in taken:
                     trees.append(self._unit(member, over))
             else:
-                trees.append({"chain": [self._unit(path, over) for path in member], "scale": over})
+                trees.append({"chain": [self._point([path], over) for path in member], "scale": over})
         return trees[0] if len(trees) == 1 else {"sum": trees}
 
     def _alike(self, members: Sequence[Member]) -> list[list[Part]]:
-        """The FFNs among the members that are one, by twos or more."""
+        """The FFNs among the members that are one, by twos or more; and those that are narrowed."""
         found: dict[Hashable, list[Part]] = {}
         for member in members:
             if isinstance(member, str) and len(self.units[member].branches) == 1:
-                part = part_of(self.units[member].branches[0])
+                part = part_of(self.units[member].branches[0], self.planned.plan)
                 if not isinstance(part, str) and (norm := self._norm(part)) is not None:
                     found.setdefault((*norm, part.activation.name, part.activation.up is None), []).append(part)
-        return [parts for parts in found.values() if len(parts) > 1]
+        narrow = self.planned.plan.narrow
+        return [parts for parts in found.values() if len(parts) > 1 or parts[0].branch.name in narrow]
 
     def _norm(self, part: Part) -> tuple[str | None, float, torch.dtype | None] | None:
         """The kind and eps of a norm that can be done without its gain, and what it is read in; None if it cannot."""
@@ -153,6 +154,11 @@ class Trees:
         self._key += 1
 
     def _unit(self, path: str, over: float) -> Tree:
+        if path in self.planned.plan.narrow:
+            raise ExportError(
+                f"{path!r} is narrowed, so that its own modules do not serve, and its norm, its activation or its form "
+                "is one that this format has no other module for"
+            )
         site, unit = self.sites[path], self.units[path]
         tree: Tree = {
             "before": [self._own(each) for each in site.before],

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxfuse._common.units import Units
 from fxfuse.ffn.affine import Factor, Shift
 from fxfuse.ffn.projection import Projection
 from fxfuse.packing import expressions as pack
@@ -57,6 +58,18 @@ class Weight:
             return (self.compute().double() * number).to(self.dtype)
 
         return Weight(self.shape, self.dtype, compute, self.sources, self.scale * number)
+
+    def kept(self, dim: int, units: Units | None) -> Weight:
+        """Of rows (columns, if ``dim`` is 1) those of some hidden units; all of them if that is None."""
+        if units is None:
+            return self
+        sizes = (*self.shape[:dim], len(units), *self.shape[dim + 1 :])
+
+        def compute() -> Tensor:
+            made = self.compute()
+            return made.index_select(dim, torch.tensor(units, device=made.device))
+
+        return Weight(sizes, self.dtype, compute, self.sources, self.scale)
 
     @property
     def size(self) -> int:

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fxfuse._common.units import Units
 from fxfuse.errors import ExportError
 from fxfuse.exporting.weights import Expressions, Weight, added, filled, stacked
 from fxfuse.ffn.activation import Activation, activation_of
 from fxfuse.ffn.anatomy import FFN
 from fxfuse.ffn.projection import Projection
 from fxfuse.packing.expressions import ONE
+from fxfuse.plan import Plan
 from fxfuse.stream.branch import Branch
 
 
 @dataclass(frozen=True)
 class Part:
-    """An FFN that can be a part of a wide one, and the function of its hidden units."""
+    """An FFN that can be a part of a wide one, the function of its hidden units, and which it keeps: None for all."""
 
     branch: Branch
     ffn: FFN
     activation: Activation
+    units: Units | None = None
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,18 @@ class Wide:
     down_bias: Weight | None
 
 
-def part_of(branch: Branch) -> Part | str:
-    """The FFN that a branch is, or why it can be no part of a wide one."""
+def part_of(branch: Branch, plan: Plan) -> Part | str:
+    """The FFN that a branch is under a plan, or why it can be no part of a wide one."""
     if branch.ffn is None:
         return branch.reason
     if branch.scale.nodes:
         return "it is multiplied with a symbolic number: trace without dynamic=True"
     activation = activation_of(branch.ffn)
-    return "its activation has no name here" if activation is None else Part(branch, branch.ffn, activation)
+    if activation is None:
+        return "its activation has no name here"
+    units = plan.narrow.get(branch.name)
+    has_left = units is not None and len(units) == branch.ffn.projections[0].width
+    return Part(branch, branch.ffn, activation, None if has_left else units)
 
 
 def joined(parts: Sequence[Part], write: Expressions, fold: bool, over: float = 1.0) -> Wide:
@@ -61,7 +68,7 @@ def joined(parts: Sequence[Part], write: Expressions, fold: bool, over: float = 
     downs, biases = list[Weight](), list[Weight]()
     for part in parts:
         number = part.branch.scale.number / over
-        downs.append(write.rows(part.ffn.down, ONE, part.ffn.gains).times(number))
+        downs.append(write.rows(part.ffn.down, ONE, part.ffn.gains).times(number).kept(1, part.units))
         if (bias := write.bias(part.ffn.down, (), part.ffn.gains)) is not None:
             biases.append(bias.times(number))
     return Wide(
@@ -76,7 +83,9 @@ def joined(parts: Sequence[Part], write: Expressions, fold: bool, over: float = 
 
 def _rows(own: Sequence[Projection], parts: Sequence[Part], write: Expressions, fold: bool) -> Weight:
     pairs = zip(own, parts, strict=True)
-    return stacked([write.rows(each, part.ffn.normed.factor if fold else ONE) for each, part in pairs])
+    return stacked(
+        [write.rows(each, part.ffn.normed.factor if fold else ONE).kept(0, part.units) for each, part in pairs]
+    )
 
 
 def _biases(own: Sequence[Projection], parts: Sequence[Part], write: Expressions, fold: bool) -> Weight | None:
@@ -87,5 +96,8 @@ def _biases(own: Sequence[Projection], parts: Sequence[Part], write: Expressions
     if like is None:
         return None
     return stacked(
-        [filled(0.0, (each.width,), like.dtype) if bias is None else bias for bias, each in zip(made, own, strict=True)]
+        [
+            (filled(0.0, (each.width,), like.dtype) if bias is None else bias).kept(0, part.units)
+            for bias, each, part in zip(made, own, parts, strict=True)
+        ]
     )

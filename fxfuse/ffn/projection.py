@@ -77,7 +77,7 @@ def _linear(
         return None
     if bias is not None and bias not in weights:
         return None
-    while (turned := _turned(weight)) is not None:
+    while (turned := turned_of(weight)) is not None:
         weight, transposed = turned, not transposed
     sizes = shape(weight)
     if sizes is None or len(sizes) != 2:
@@ -90,7 +90,7 @@ def _linear(
     return Projection(node, peel(source, Change.ROWS), weight, bias, transposed, None, width, fan_in)
 
 
-def _turned(weight: fx.Node) -> fx.Node | None:
+def turned_of(weight: fx.Node) -> fx.Node | None:
     """The matrix that ``weight`` is the transpose of: ``w.t()``, ``w.T``, ``w.transpose(0, 1)``, ``w.permute``."""
     call = op(weight)
     source = call.node("input") if call is not None else None

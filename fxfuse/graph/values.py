@@ -42,6 +42,12 @@ def value(node: fx.Node) -> torch.Tensor | None:
     return None
 
 
+def sized(like: fx.Node, *sizes: int | torch.SymInt) -> torch.Tensor | None:
+    """A tensor to stand for a value of other ``sizes`` that is else like that of a node; it takes no memory."""
+    known = value(like)
+    return None if known is None else known.new_empty(1).expand(*sizes)
+
+
 def dtype(node: fx.Node) -> torch.dtype | None:
     known = value(node)
     return None if known is None else known.dtype

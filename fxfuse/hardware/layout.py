@@ -107,7 +107,8 @@ def planned(layout: Layout, plan: Plan) -> Layout:
     """The layout of a model under ``plan``.
 
     Raises:
-        PlanError: it names a branch that there is not, or makes something linear that is no attention.
+        PlanError: it names a branch that there is not, makes something linear that is no attention, or narrows what is
+            no FFN of so many units.
     """
     shapes = {shape.name: shape for shape in layout.shapes}
     for name in plan.names:
@@ -117,6 +118,13 @@ def planned(layout: Layout, plan: Plan) -> Layout:
         if shapes[name].kind != "attention":
             raise PlanError(f"{name!r} is in linear, and no attention but {shapes[name].kind}")
         shapes[name] = Shape(name, "linear", layout.d**2)
+    for name, units in plan.narrow.items():
+        ffn = shapes[name]
+        if ffn.kind != "ffn" or len(units) > ffn.width:
+            raise PlanError(
+                f"{name!r} is to keep {len(units)} hidden units, and is of kind {ffn.kind} with {ffn.width}"
+            )
+        shapes[name] = replace(ffn, width=len(units), weights=ffn.weights * len(units) // ffn.width)
     order = {name: place for place, name in enumerate(shapes)}
     groups = {min(flat(group), key=order.__getitem__): group for group in plan.parallel}
     gone = {*plan.drop, *(name for group in plan.parallel for name in flat(group))}

@@ -29,9 +29,10 @@ def choose(model: nn.Module, plan: Plan, batch: Mapping[str, object], train: Tra
         model: the original; it is called once.
         plan: what it will follow.
         batch: the arguments of the call.
-        train: "edited": of the members of groups, and of the branches next to a dropped one, before it and after it;
-            "ffn": of all FFNs; "all": of everything that the planned model uses; "lora": the matrices of all branches,
-            to which adapters are then added. What is dropped is never among them.
+        train: "edited": of the members of groups, of attentions made linear, of narrowed FFNs, and of the branches next
+            to a dropped one, before it and after it; "ffn": of all FFNs; "all": of everything that the planned model
+            uses; "lora": the matrices of all branches, to which adapters are then added. What is dropped is never among
+            them.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -85,7 +86,7 @@ def _chosen(branches: Sequence[Branch], plan: Plan, train: Train) -> list[Branch
         return kept
     if train == "ffn":
         return [branch for branch in kept if branch.kind in _FFN]
-    chosen = {name for group in plan.parallel for name in flat(group)} | {*plan.linear}
+    chosen = {name for group in plan.parallel for name in flat(group)} | {*plan.linear, *plan.narrow}
     for index, branch in enumerate(branches):
         if branch.name in plan.drop or branch.name in plan.linear:
             before, after = branches[:index][::-1], branches[index + 1 :]

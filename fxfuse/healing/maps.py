@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxfuse.ffn.projection import projection
+from fxfuse._common.units import Units
+from fxfuse.ffn.projection import projection, turned_of
 from fxfuse.graph.peel import PASSED, Change, layers
 from fxfuse.graph.rerun import Values
 from fxfuse.graph.scale import Scale
+from fxfuse.packing.expressions import kept_of
 from fxfuse.stream.branch import STAMP, Branch, Term
 
 
@@ -23,6 +25,7 @@ class LinearMap:
         branch: its name.
         input: node, ``[..., fan_in]``.
         weight: placeholder of a parameter, ``[d, fan_in]``, or ``[fan_in, d]`` if ``transposed``.
+        units: which of the parameter's inputs the map reads, if a plan has narrowed it; ``fan_in`` is their number.
         bias: placeholder of a parameter ``[d]``, or None.
         scale: numbers that multiply the output on its way to the stream.
     """
@@ -34,6 +37,7 @@ class LinearMap:
     transposed: bool
     fan_in: int
     scale: Scale
+    units: Units | None = None
 
     @property
     def parameters(self) -> tuple[fx.Node, ...]:
@@ -61,6 +65,11 @@ class LinearMap:
         if self.bias is not None:
             made[self.bias] = bias.squeeze(-1)
         olds = {node: values[node] for node in made}
+        old = olds[self.weight]
+        if self.units is not None and isinstance(old, Tensor):  # the others stay, and the plan has no use for them
+            places = torch.tensor(self.units, device=weight.device)
+            whole = made[self.weight].new_zeros(old.shape)
+            made[self.weight] = whole.index_copy(int(not self.transposed), places, made[self.weight])
         return {node: (old + made[node].to(old)).detach() for node, old in olds.items() if isinstance(old, Tensor)}
 
 
@@ -110,10 +119,15 @@ def linear_map(name: str, term: Term, weights: Mapping[fx.Node, str], constant: 
         return "its output is not a linear map (a norm or a gain of the output, or a mixture of experts)"
     if last.rows is not None:
         return "its output is a part of a larger projection"
-    held = [last.weight] if last.bias is None else [last.weight, last.bias]
+    weight, transposed, units = last.weight, last.transposed, None
+    if (narrowed := kept_of(weight)) is not None:
+        weight, units = narrowed
+        if (turned := turned_of(weight)) is not None:
+            weight, transposed = turned, not transposed
+    held = [weight] if last.bias is None else [weight, last.bias]
     for each in held:
         if each not in weights:
             return "its weight is no parameter (a buffer), or computed from others (quantized, or an adapter)"
         if len(each.users) > 1:
             return f"{weights[each]} has other uses"
-    return LinearMap(name, last.input, last.weight, last.bias, last.transposed, last.fan_in, scale)
+    return LinearMap(name, last.input, weight, last.bias, transposed, last.fan_in, scale, units)

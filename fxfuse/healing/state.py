@@ -44,7 +44,12 @@ class State:
         except OSError as error:
             raise FxfuseError(f"{str(path)!r} cannot be made a folder: {error.strerror}") from error
         digest, model_ = digest_text(text), model_digest(model)
-        self._of = {"model": model_, "plan": plan.model_dump_json(), "text": digest, "method": settings}
+        self._of = {
+            "model": model_,
+            "plan": plan.model_dump_json(exclude=None if plan.narrow else {"narrow"}),
+            "text": digest,
+            "method": settings,
+        }
         self.outcomes: list[Outcome] = []
         self.weights: list[dict[str, Tensor]] = []
         while (file := self._file(len(self.outcomes))).exists():

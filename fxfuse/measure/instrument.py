@@ -90,10 +90,24 @@ class Instrumented:
         self._owner = {term.node: index for index, place in enumerate(self.places) for term in place.branch.terms}
         ends = {node for node in self._outputs if node is not None}
         self._drops = [self._program.plan({place.sum.out}, ends | set(self._owner)) for place in self.places]
+        self._units = [self._hidden(place) for place in self.places]
         self._windows = [self._window(places, ends) for places in _runs(self.places, max_group)]
-        jobs = [*self._drops, *(job for window in self._windows for job in (*window.jobs, *window.steps, window.rest))]
+        jobs = [
+            *self._drops,
+            *(job for job in self._units if job is not None),
+            *(job for window in self._windows for job in (*window.jobs, *window.steps, window.rest)),
+        ]
         self._keep = frozenset().union(*(job.given for job in jobs), *map(_held, self.places)) - {None}
         self._kept: Values = {}
+
+    def _hidden(self, place: Place) -> Rerun | None:
+        """How to compute the hidden units of an FFN: again, because all of them would be too much to keep."""
+        ffn, stream = place.branch.ffn, place.stream
+        if ffn is None:
+            return None
+        level = stream.levels[place.branch.read]
+        links = {node for node, own in stream.levels.items() if own == level}
+        return self._program.plan({stream.points[level]}, {ffn.down.input}, place.branch.nodes | links)
 
     def _window(self, places: Sequence[Place], ends: Collection[fx.Node]) -> _Window:
         jobs = []
@@ -129,6 +143,22 @@ class Instrumented:
         """The stream that branch ``index`` is added to: ``[..., d]``."""
         place = self.places[index]
         return scaled(place.sum.stream, self._kept, _tensor(self._kept[place.sum.out]))
+
+    def units(self, index: int) -> Tensor | None:
+        """What the hidden units of branch ``index`` are, ``[..., width]``; None if it is no FFN that tells them."""
+        job = self._units[index]
+        if job is None:
+            return None
+        (own,) = job.changed
+        ((_, hidden),) = self._program.rerun(job, self._kept, {own: _tensor(self._kept[own])})
+        return _tensor(hidden)
+
+    def columns(self, index: int) -> Tensor:
+        """The length of each column of such an FFN's down projection: float64 ``[width]``, on the CPU."""
+        ffn = self.places[index].branch.ffn
+        assert ffn is not None
+        weight = _tensor(self._kept[ffn.down.weight]).double()
+        return weight.square().sum(int(ffn.down.transposed)).sqrt().cpu()
 
     def dropped(self, index: int) -> Changed:
         """What changes when branch ``index`` contributes nothing."""
@@ -209,7 +239,8 @@ def _held(place: Place) -> set[fx.Node]:
     """The nodes whose values the measurements of a branch read."""
     read = place.stream.points[place.stream.levels[place.branch.read]]
     terms = (place.sum.stream, *place.sum.terms)
-    return {place.sum.out, read, *(node for term in terms for node in (term.node, *term.scale.nodes))}
+    columns = {place.branch.ffn.down.weight} if place.branch.ffn is not None else set()
+    return columns | {place.sum.out, read, *(node for term in terms for node in (term.node, *term.scale.nodes))}
 
 
 def _runs(places: Sequence[Place], longest: int) -> Iterator[tuple[Place, ...]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
+from torch import Tensor
 
 from fxfuse.errors import RecordError
 from fxfuse.measure.provenance import provenance
@@ -28,6 +29,8 @@ class Measurements:
         group: of each group, the relative error of the stream after it.
         group_kl: of each group, what it does to the next token.
         tokens, batches: how many were measured.
+        units: of each FFN that tells its hidden units, by name, float64 ``[width]``: the sum over tokens of
+            ``|activation| * ||down column||``.
     """
 
     places: tuple[BranchRecord, ...]
@@ -40,6 +43,14 @@ class Measurements:
     group_kl: Tally
     tokens: int = 0
     batches: int = 0
+    units: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_units(self, name: str, activations: Tensor, columns: Tensor) -> None:
+        """Add one batch's sums of ``|activation|`` of the FFN ``name``; not to a state that has none of the others'."""
+        if name in self.units:
+            self.units[name] += activations * columns
+        elif not self.batches:
+            self.units[name] = activations * columns
 
     @classmethod
     def of(cls, places: tuple[BranchRecord, ...], windows: Iterable[tuple[str, ...]]) -> Measurements:
@@ -59,7 +70,7 @@ class Measurements:
     @property
     def tallies(self) -> dict[str, Tally]:
         """All of them, by their names."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tally)}
 
     def recording(self, plan: Plan, model: Mapping[str, str]) -> Recording:
@@ -88,6 +99,7 @@ class Measurements:
                 for i, names in enumerate(self.windows)
             ),
             tokens=self.tokens,
+            units={name: (sums / self.tokens).float() for name, sums in self.units.items()},
             plan=plan,
             model=dict(model),
             made=provenance(),

@@ -108,7 +108,8 @@ class Recorder:
             raise OptionError(f"plan is a fxfuse.Plan or the path of one, not {plan!r}")
         self.model, self.plan, self.max_group = original(model), plan or Plan(), max_group
         self.digest = model_digest(self.model)
-        self.settings = {"plan": self.plan.model_dump_json(), "max_group": str(max_group)}
+        plain = None if self.plan.narrow else {"narrow"}  # as states were written before there was any
+        self.settings = {"plan": self.plan.model_dump_json(exclude=plain), "max_group": str(max_group)}
         self.measured: Measurements | None = None
         self._called: list[Instrumented] = []
         self._compiled = self._traced()
@@ -200,6 +201,9 @@ class Recorder:
             before, own = _tokens(graph.before(i), counted), base[i]
             measured.cosine.add(i, 1 - F.cosine_similarity(before, before + own, dim=-1))
             measured.norm_ratio.add(i, own.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30))
+        for i, place in enumerate(measured.places):
+            if (units := graph.units(i)) is not None:
+                measured.add_units(place.name, _tokens(units, counted).abs().double().sum(0).cpu(), graph.columns(i))
         for i in range(m):
             changed = graph.dropped(i)
             for j, contribution in changed.contributions.items():

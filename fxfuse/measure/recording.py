@@ -29,6 +29,9 @@ from fxfuse.stream.branch import Kind
 FORMAT = "fxfuse-recording"
 VERSION = 1
 
+_UNITS = "units."
+"""Before the name of an FFN: the tensor of a file that holds what its hidden units are good for."""
+
 _TENSORS = ("mean", "p99", "max", "cosine", "norm_ratio", "kl")
 
 
@@ -91,6 +94,8 @@ class Recording:
             (the replace-one-block score of Puzzle, arXiv 2411.19146); NaN if the model has no logits.
         groups: candidates measured.
         tokens: how many token positions every number averages over.
+        units: of each FFN that tells its hidden units, by name, float32 ``[width]``: the mean over tokens of
+            ``|activation| * ||down column||``, Puzzle's measure of what a unit is good for. Empty in older files.
         plan: what the recorded model followed.
         model: digest of names and shapes, and of weights; see :func:`model_digest`.
         made: when and by what; see :func:`fxfuse.measure.provenance.provenance`. Empty if the file does not say.
@@ -105,6 +110,7 @@ class Recording:
     kl: Tensor
     groups: tuple[GroupRecord, ...]
     tokens: int
+    units: Mapping[str, Tensor] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
     model: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +125,16 @@ class Recording:
             if branch.name == name:
                 return index
         raise PlanError(f"the recording has no branch {name!r}{nearest(name, (b.name for b in self.branches))}")
+
+    def units_of(self, name: str) -> Tensor:
+        """What the hidden units of the FFN ``name`` are good for, float32 ``[width]``.
+
+        Raises:
+            RecordError: the recording has no such numbers: of an FFN, only an older one lacks them.
+        """
+        if name not in self.units:
+            raise RecordError(f"the recording says nothing of the hidden units of {name!r}: record again")
+        return self.units[name]
 
     def check(self, model: nn.Module) -> None:
         """See that this is a recording of ``model``.
@@ -172,6 +188,7 @@ class Recording:
             "made": dict(self.made),
         }
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        tensors |= {_UNITS + name: each.contiguous() for name, each in self.units.items()}
         return save(tensors, {FORMAT: json.dumps(header, sort_keys=True)})  # one entry: their order is not defined
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -206,6 +223,7 @@ class Recording:
             branches = tuple(BranchRecord(**branch) for branch in header["branches"])
             groups = tuple(GroupRecord(**{**g, "branches": tuple(g["branches"])}) for g in header["groups"])
             made = cls(branches=branches, groups=groups, tokens=int(header["tokens"]), plan=plan,
+                       units={key[len(_UNITS):]: each for key, each in tensors.items() if key.startswith(_UNITS)},
                        model=header["model"], made=_texts(header.get("made", {})),
                        **{name: tensors[name] for name in _TENSORS})  # fmt: skip
         except (KeyError, TypeError, ValueError, PlanError) as error:
@@ -219,6 +237,8 @@ class Recording:
         m = len(self.branches)
         shapes = {name: (m, m) if name in ("mean", "p99", "max") else (m,) for name in _TENSORS}
         wrong = [name for name in _TENSORS if tuple(getattr(self, name).shape) != shapes[name]]
+        widths = {branch.name: (branch.width,) for branch in self.branches}
+        wrong += [f"units of {name}" for name, each in self.units.items() if tuple(each.shape) != widths.get(name)]
         if wrong or any(branch.kind not in get_args(Kind) for branch in self.branches):
             raise RecordError(f"recording {shown} is damaged: {', '.join(wrong) or 'kinds'} do not fit; record again")
 

@@ -24,6 +24,8 @@ from fxfuse.measure.statistics import Tally
 
 FORMAT = "fxfuse-recording-state-1"
 
+_UNITS = "units"
+
 
 class State:
     """What ``path`` holds of the recording of a model, made under certain settings.
@@ -65,6 +67,7 @@ class State:
                 windows=tuple(tuple(names) for names in header["windows"]),
                 tokens=sum(self._counts),
                 batches=len(self._batches),
+                units=states.pop(_UNITS, {}),
                 **{name: Tally.of(state) for name, state in states.items()},
             )
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -104,6 +107,7 @@ class State:
             "windows": measured.windows,
         }
         tensors = {f"{n}.{key}": t for n, tally in measured.tallies.items() for key, t in tally.state().items()}
+        tensors |= {f"{_UNITS}.{name}": sums for name, sums in measured.units.items()}
         write_atomically(self.path, save(tensors, {FORMAT: json.dumps(header)}))
 
 

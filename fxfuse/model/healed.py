@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from fxfuse._torch.compiled import original
 from fxfuse.errors import PlanError
 from fxfuse.graph.values import unwrapped
+from fxfuse.model.narrowing import narrowed_in
 from fxfuse.model.stand_ins import has_own_map
 from fxfuse.plan import Plan
 
 ENTRY = "fxfuse"
-"""The entry of a config: ``{"plan": ..., "healed": ...}``, and ``"maps"``: attentions with linear maps of their own."""
+"""The entry of a config: ``{"plan": ..., "healed": ...}``; ``"maps"``, attentions with linear maps of their own; and
+``"narrowed"``, FFNs of which some units have left the weights."""
 
 BUFFER = "fxfuse_healed_for"
 """The buffer of a module without a config: the plan's JSON, uint8."""
@@ -114,7 +116,18 @@ def kept(model: nn.Module) -> Plan | None:
 
 def maps_of(model: nn.Module) -> tuple[str, ...]:
     """The attentions that had a linear map of their own when the model was marked, by its mark."""
-    named = (_read(model) or {}).get("maps", ())
+    return _listed(_read(model) or {}, "maps")
+
+
+def narrowed_by(entry: Mapping[str, object]) -> Plan:
+    """What a mark says of FFNs whose weights are narrowed: a plan of nothing else, empty for most."""
+    names = _listed(entry, "narrowed")
+    plan = _plan_in(entry) if names else Plan()
+    return Plan(narrow={name: plan.narrow[name] for name in names if name in plan.narrow})
+
+
+def _listed(entry: _Entry, key: str) -> tuple[str, ...]:
+    named = entry.get(key, ())
     return tuple(map(str, named)) if isinstance(named, list | tuple) else ()
 
 
@@ -179,7 +192,9 @@ def _write(model: nn.Module, plan: Plan, healed: bool) -> None:
     if plan:
         entry = {"plan": json.loads(plan.model_copy(update={"why": ()}).to_json()), "healed": healed}
         maps = [name for name, module in _bare(model).named_modules() if has_own_map(module)]
-        setattr(new, ENTRY, entry | ({"maps": maps} if maps else {}))
+        narrowed = list(narrowed_in(_bare(model)))
+        lacks = ({"maps": maps} if maps else {}) | ({"narrowed": narrowed} if narrowed else {})
+        setattr(new, ENTRY, entry | lacks)
     else:
         vars(new).pop(ENTRY, None)
     for module in _bare(model).modules():
@@ -209,9 +224,12 @@ def _prefixed(plan: Plan, prefix: str) -> Plan:
             return prefix + entry
         return tuple(map(named, entry)) if isinstance(entry, tuple) else entry
 
-    return Plan(**{kind: named(entries) for kind, entries in plan.model_dump(exclude={"why"}).items()})
+    narrow = {prefix + name: units for name, units in plan.narrow.items()}
+    edits = plan.model_dump(exclude={"narrow", "why"})
+    return Plan(**{kind: named(entries) for kind, entries in edits.items()}, narrow=narrow)
 
 
 def _short(plan: Plan) -> str:
     """As in ``3f2a9c01: 6 dropped, 2 groups, of 'model.layers.5.self_attn', ...``."""
-    return f"{plan.digest[:8]}: {len(plan.drop)} dropped, {len(plan.parallel)} groups, of {plan.names[0]!r}, ..."
+    counts = f"{len(plan.drop)} dropped, {len(plan.narrow)} narrowed, {len(plan.parallel)} groups"
+    return f"{plan.digest[:8]}: {counts}, of {plan.names[0]!r}, ..."

@@ -1,8 +1,9 @@
-"""Prune: a branch that a plan drops, or what an attention no longer needs, really leaves the model, KV cache included.
+"""Prune: a branch that a plan drops, or what one no longer needs, really leaves the model, KV cache included.
 
 Dropping attention in a graph leaves its keys and values, because the cache that they are written to is an output. So
 the module is replaced (:mod:`fxfuse.model.stand_ins`) by one that returns zeros, or one linear map of its input, in the
-layout that the original was seen to return (:mod:`fxfuse.model.learning`). Nothing here knows a model.
+layout that the original was seen to return (:mod:`fxfuse.model.learning`). An FFN that is narrowed keeps its modules,
+whose parameters become smaller (:mod:`fxfuse.model.narrowing`). Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxfuse._common.units import Units
 from fxfuse._torch.dynamo import is_off, raising
 from fxfuse._torch.pytree import tree_leaves
 from fxfuse.errors import FxfuseError, PlanError, PruneError, nearest
 from fxfuse.model import healed
 from fxfuse.model.learning import Example, blaming, call, learn, trial
+from fxfuse.model.narrowing import narrowed_in, take_units, units_of
 from fxfuse.model.stand_ins import (
     Dropped,
     MadeLinear,
@@ -32,6 +35,7 @@ from fxfuse.model.stand_ins import (
     new_map,
 )
 from fxfuse.passes.linear import OutputMap, output_maps
+from fxfuse.passes.unit_weights import Part, unit_weights
 from fxfuse.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ def linear_in(model: nn.Module) -> tuple[str, ...]:
 
 
 def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.Module:
-    """Take out of ``model`` what ``plan`` drops, and what its linear branches no longer need, in place; returns it.
+    """Take out of ``model`` what ``plan`` drops, and what its other branches no longer need, in place; returns it.
 
     ``args`` and ``kwargs`` are one example call; a Hugging Face model needs none. Before anything is changed for good,
     the pruned model's outputs are compared with those of the planned graph, both in eval mode, where no dropout tells
@@ -61,19 +65,22 @@ def prune(model: nn.Module, plan: Plan, *args: object, **kwargs: object) -> nn.M
     Where that projection does not read what the attention is given, a new ``linear`` of the stream's width takes its
     place. It holds zeros, so that it contributes nothing until it is fitted or loaded.
 
+    An FFN that is narrowed keeps its modules, and these the rows and columns of its units, in new parameters: make an
+    optimizer after this.
+
     The first attention of each cache type keeps its weights and its cache, which carries the sequence's length.
 
     Raises:
         PruneError: a name is no module, a module is not called exactly once, returns nothing like its input, or what is
             put in its place is not what the plan says.
-        PlanError: a name is a module, but no branch of the stream; or one to be made linear is no attention; or
-            the model was healed for another plan.
+        PlanError: a name is a module, but no branch of the stream; or one to be made linear is no attention, or one to
+            be narrowed no FFN with parameters of its own; or the model was healed for another plan.
     """
     healed.check(model, plan)
     with ExitStack() as undo:
         prune_until(undo, model, plan, args, kwargs)
         undo.pop_all()
-    edits = {"drop": dropped_in(model), "linear": linear_in(model), "parallel": ()}
+    edits = {"drop": dropped_in(model), "linear": linear_in(model), "narrow": narrowed_in(model), "parallel": ()}
     healed.keep(model, plan.model_copy(update=edits))
     return model
 
@@ -87,16 +94,18 @@ def prune_until(
     for name, module in linear.items():
         if is_dropped(module):
             raise PruneError(f"{name!r} was dropped from this model: apply the plan to the model as it was before")
-    if not dropped and not linear:
+    narrow = {name: units for name, units in plan.narrow.items() if _has_more(model, name, units)}
+    if not dropped and not linear and not narrow:
         return
     example = _example(model, args, kwargs)
     maps = _output_maps(model, linear, example)
+    parts = _unit_weights(model, narrow, example)
     linear = {name: module for name, module in linear.items() if name in maps}
     seen = learn(model, {**dropped, **linear}, example, {name: each.path for name, each in maps.items()})
     fitting = tuple(name for name, each in maps.items() if each.fits)
     # A new map holds zeros, so what gets one contributes nothing.
     leaving = (*dropped, *(name for name in maps if name not in fitting))
-    wanted = _planned_outputs(model, Plan(drop=leaving, linear=fitting), example)
+    wanted = _planned_outputs(model, Plan(drop=leaving, linear=fitting, narrow=narrow), example)
     for name, module in dropped.items():
         if seen[name].first:
             undo.callback(as_before, module, added=False)
@@ -112,19 +121,21 @@ def prune_until(
         else:
             undo.callback(_set, model, name, module)
             _set(model, name, MadeLinear(module, seen[name], own))
-    _check(model, tuple(dropped), tuple(linear), example, wanted)
+    for name, units in narrow.items():
+        take_units(undo, model, name, units, parts[name])
+    _check(model, Plan(drop=tuple(dropped), linear=tuple(linear), narrow=narrow), example, wanted)
     counting = [name for name in (*dropped, *linear) if seen[name].first]
     if counting:
         log.info("kept counting, since its cache carries the length of the sequence: %s", ", ".join(counting))
 
 
-def _check(
-    model: nn.Module, dropped: Sequence[str], linear: Sequence[str], example: Example, wanted: Sequence[Tensor]
-) -> None:
+def _check(model: nn.Module, plan: Plan, example: Example, wanted: Sequence[Tensor]) -> None:
     """Raise unless the pruned model computes what is wanted."""
-    what = [f"the model without {', '.join(dropped)}"] * bool(dropped)
-    what += [f"the model with {', '.join(linear)} made linear"] * bool(linear)
-    instead = ["zeros in its place"] * bool(dropped) + ["a linear map in its place"] * bool(linear)
+    what = [f"the model without {', '.join(plan.drop)}"] * bool(plan.drop)
+    what += [f"the model with {', '.join(plan.linear)} made linear"] * bool(plan.linear)
+    what += [f"the model with {', '.join(plan.narrow)} narrowed"] * bool(plan.narrow)
+    instead = ["zeros in its place"] * bool(plan.drop) + ["a linear map in its place"] * bool(plan.linear)
+    instead += ["zeros for the units that it does not keep"] * bool(plan.narrow)
     with blaming(", and ".join(what)):
         made = call(model, example)
     difference = _difference(_outputs(made), wanted)
@@ -141,6 +152,20 @@ def _module(model: nn.Module, name: str) -> nn.Module:
             f"{name!r} is no module of this model, so nothing of it can leave{nearest(name, known)}. "
             "torch.compile with this plan edits it in the graph"
         ) from None
+
+
+def _has_more(model: nn.Module, name: str, units: Units) -> bool:
+    """Whether an FFN of the model has other units than these, which have to leave."""
+    module = _module(model, name)
+    if is_dropped(module):
+        raise PruneError(f"{name!r} was dropped from this model: apply the plan to the model as it was before")
+    kept = units_of(module)
+    if kept is not None and kept != units:
+        raise PruneError(
+            f"{name!r} of this model has kept {len(kept)} hidden units, and not those of the plan: apply the plan to "
+            "the model as it was before"
+        )
+    return kept is None
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -191,6 +216,30 @@ def _output_maps(model: nn.Module, names: Collection[str], example: Example) -> 
         if name not in found:
             raise PlanError(f"{name!r} is no branch of the model's stream{nearest(name, known)}")
     return {name: each for name in names if (each := found[name]) is not None}
+
+
+def _unit_weights(model: nn.Module, units: Mapping[str, Units], example: Example) -> dict[str, tuple[Part, ...]]:
+    """Of each FFN named what its parameters keep.
+
+    Raises:
+        PlanError: a name is no branch, or no FFN whose units can leave.
+    """
+    found: dict[str, tuple[Part, ...]] = {}
+    known: list[str] = []
+
+    def look(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., object]:
+        parts, branches = unit_weights(gm, units)
+        found.update(parts)
+        known.extend(branches)
+        return gm.forward
+
+    if not units:
+        return {}
+    _compiled(model, Plan(), look, example)
+    for name in units:
+        if name not in found:
+            raise PlanError(f"{name!r} is no branch of the model's stream{nearest(name, known)}")
+    return found
 
 
 def _planned_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:

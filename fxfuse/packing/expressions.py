@@ -9,14 +9,16 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import getitem
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from fxfuse._common.units import Units, from_text, to_text
 from fxfuse.ffn.affine import Factor, Shift
 from fxfuse.ffn.anatomy import Projection
-from fxfuse.graph.values import Dim, dtype, shape, value
+from fxfuse.graph.values import Dim, dtype, shape, sized, value
 
 PACK = "fxfuse_pack"
 """Key of ``node.meta`` that marks the root of a packed weight; its value says what it is."""
@@ -92,6 +94,34 @@ def total(graph: fx.Graph, parts: Sequence[fx.Node], what: str) -> fx.Node:
     if len(parts) > 1 or node.op in ("call_function", "call_method"):
         node.meta[PACK] = what
     return node
+
+
+def keep(weight: Tensor, dim: int, units: str) -> Tensor:
+    """Of a weight the rows (``dim`` 0) or columns of those hidden units that an FFN keeps; what a graph calls.
+
+    The units are text, because an argument of a graph's node is part of its code, and of what recipes compare.
+    """
+    return weight.index_select(dim, torch.tensor(_units(units), device=weight.device))
+
+
+_units = lru_cache(maxsize=1024)(from_text)
+
+
+def kept(graph: fx.Graph, node: fx.Node, dim: int, units: Units, like: fx.Node, *sizes: int) -> fx.Node:
+    """A call of :func:`keep`, marked as a packed weight; it has ``sizes``, and dtype and device of ``like``."""
+    made = graph.call_function(keep, (node, dim, to_text(units)))
+    made.meta[PACK] = f"{len(units)} units"
+    made.meta["example_value"] = sized(like, *sizes)
+    return made
+
+
+def kept_of(node: fx.Node) -> tuple[fx.Node, Units] | None:
+    """What :func:`kept` was given, if it wrote the node: the expression, and the units."""
+    if node.target is not keep:
+        return None
+    source, _, units = node.args
+    assert isinstance(source, fx.Node) and isinstance(units, str)
+    return source, _units(units)
 
 
 def scaled(graph: fx.Graph, node: fx.Node, factor: float) -> fx.Node:

@@ -66,8 +66,11 @@ def _extract(gm: fx.GraphModule) -> list[Recipe]:
     positions = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     last = list(positions)[-1] if positions else None
     recipes: list[Recipe] = []
-    for root in [node for node in gm.graph.nodes if PACK in node.meta]:
-        inside = ancestors([root])
+    marked = {node: ancestors([node]) for node in gm.graph.nodes if PACK in node.meta}
+    for root, inside in marked.items():
+        outer = frozenset().union(*(nodes for other, nodes in marked.items() if other is not root and root in nodes))
+        if root.users and root.users.keys() <= outer:
+            continue  # the units of an FFN that became a part of a wide one
         members = [node for node in positions if node in inside]
         if any(node.op == "get_attr" for node in inside) or last is None:
             continue
@@ -89,7 +92,7 @@ def _extract(gm: fx.GraphModule) -> list[Recipe]:
         if (known := value(root)) is not None:
             made.meta["example_value"] = known
         last = made
-        root.replace_all_uses_with(made)
+        root.replace_all_uses_with(made, lambda user, outer=outer: user not in outer)
         for node in reversed([below for below in gm.graph.nodes if below in inside]):
             if not node.users and node.op not in ("placeholder", "output"):
                 gm.graph.erase_node(node)

@@ -5,6 +5,7 @@
 | :func:`simplify` | one dialect, sizes where they lack, no identities in the stream | yes |
 | :func:`drop` | takes branches out of the stream | it is a plan's edit |
 | :func:`linear` | puts one linear map in an attention's place | it is a plan's edit |
+| :func:`narrow` | lets FFNs keep some of their hidden units | it is a plan's edit |
 | :func:`parallelize` | lets groups of branches read one point | it is a plan's edit |
 | :func:`fuse_ffn` | parallel FFNs become one wide FFN | yes |
 | :func:`merge_gate_up` | gate and up of an FFN, or of several that stand in parallel, become one GEMM | yes |
@@ -16,6 +17,7 @@ from fxfuse.passes.drop import drop
 from fxfuse.passes.fuse_ffn import fuse_ffn
 from fxfuse.passes.linear import linear
 from fxfuse.passes.merge_gate_up import merge_gate_up
+from fxfuse.passes.narrow import narrow
 from fxfuse.passes.parallelize import parallelize
 from fxfuse.passes.pipeline import REPORTS, apply_plan
 from fxfuse.passes.simplify import simplify
@@ -29,6 +31,7 @@ __all__ = [
     "fuse_ffn",
     "linear",
     "merge_gate_up",
+    "narrow",
     "parallelize",
     "simplify",
 ]

@@ -2,7 +2,7 @@
 
 1. ``simplify``: so that every later pass sees one dialect, and sums and norms without disguises.
 2. the branches get their names, once: a name means what it meant before any edit.
-3. ``drop``, ``linear``, then ``parallelize``: the plan, the only approximation.
+3. ``drop``, ``linear``, ``narrow``, then ``parallelize``: the plan, the only approximation.
 4. ``fuse_ffn``: what stands in parallel becomes wide; if asked for, fxfuse's kernels also compute what stands alone.
 5. ``merge_gate_up``: what could not shares its gate/up, and what stands alone has one of its own if asked for.
 6. what fxfuse's own kernels compute adds itself to the stream, where it can.
@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias
 
 from torch import fx, nn
 
+from fxfuse._common.units import Narrowed
 from fxfuse.errors import PlanError, nearest
 from fxfuse.graph.values import clean, name_weights, names_in
 from fxfuse.packing.strategy import BY_OPTION, Weights
@@ -30,6 +31,7 @@ from fxfuse.passes.emit.kernel import Kernels
 from fxfuse.passes.fuse_ffn import FuseFFN
 from fxfuse.passes.linear import Linear
 from fxfuse.passes.merge_gate_up import MergeGateUp
+from fxfuse.passes.narrow import Narrow
 from fxfuse.passes.parallelize import Parallelize
 from fxfuse.passes.runner import Runner, running
 from fxfuse.passes.select import branch_names, settle
@@ -173,6 +175,7 @@ def _edit(
         _missing(plan, known, strict, elsewhere)
     runner(Drop(frozenset(name for name in plan.drop if name in known)))
     runner(Linear(frozenset(name for name in plan.linear if name in known)))
+    runner(Narrow(Narrowed({name: units for name, units in plan.narrow.items() if name in known})))
     runner(Parallelize(tuple(groups)))
 
 

@@ -6,10 +6,11 @@ candidates go together unless they name one branch. All solvers (:mod:`fxfuse.pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxfuse.measure.recording import BranchRecord, Recording
+from fxfuse.measure.units import narrowed
 from fxfuse.plan import Plan, flat
 from fxfuse.planning.costs import Costs, Use
 from fxfuse.planning.groups import runs
@@ -30,10 +31,13 @@ class Candidate:
     gain: Use
 
 
-def edits(recording: Recording, costs: Costs, *, max_group: int = 4, linear: bool = False) -> tuple[Plan, ...]:
+def edits(
+    recording: Recording, costs: Costs, *, max_group: int = 4, linear: bool = False, narrow: Sequence[float] = ()
+) -> tuple[Plan, ...]:
     """What may be done to the branches that the recorded plan leaves alone, each edit as a plan of its own.
 
-    Drops of attentions, FFNs and experts; attentions made linear; and intervals: up to ``max_group`` FFNs that follow
+    Drops of attentions, FFNs and experts; attentions made linear; FFNs narrowed to the units that are worth most
+    (Puzzle's ranking), where the costs tell what that saves; and intervals: up to ``max_group`` FFNs that follow
     each other once the attentions between them are gone, if one wide FFN takes less time than they do.
 
     Args:
@@ -41,12 +45,19 @@ def edits(recording: Recording, costs: Costs, *, max_group: int = 4, linear: boo
         costs: which tell what a linear map fits.
         max_group: FFNs in a group.
         linear: whether attentions may be made linear, which takes text to fit their maps on.
+        narrow: the shares of its hidden units that an FFN may keep.
+
+    Raises:
+        RecordError: FFNs may be narrowed, and the recording was made before their units were recorded.
+        OptionError: a share is not between 0 and 1.
     """
     free = [branch for branch in recording.branches if branch.name not in recording.plan.names]
     attentions = [branch.name for branch in free if branch.kind == "attention"]
     made = [Plan(drop=[branch.name]) for branch in free if branch.kind in ("attention", "gated_ffn", "ffn", "moe")]
     if linear:
         made += [Plan(linear=[name]) for name in attentions if costs[name].linear is not None]
+    narrowable = [branch.name for branch in free if branch.width and len(costs[branch.name].groups) > 1]
+    made += [Plan(narrow={name: narrowed(recording, name, share)}) for name in narrowable for share in narrow]
     for run in runs(recording, attentions):
         for start in range(len(run)):
             for end in range(start + 2, min(start + max_group, len(run)) + 1):
@@ -76,6 +87,9 @@ def together(recording: Recording, chosen: Iterable[Plan]) -> Plan:
     return Plan(
         drop=(*base.drop, *sorted((name for edit in given for name in edit.drop), key=place)),
         linear=(*base.linear, *sorted((name for edit in given for name in edit.linear), key=place)),
+        narrow=dict(
+            sorted((entry for edit in (base, *given) for entry in edit.narrow.items()), key=lambda e: place(e[0]))
+        ),
         parallel=(
             *base.parallel,
             *sorted((group for edit in given for group in edit.parallel), key=lambda group: place(flat(group)[0])),
@@ -95,6 +109,7 @@ def apart(plan: Plan, recording: Recording) -> tuple[Plan, ...]:
         made.append(Plan(drop=needed, parallel=[group]))
     made += [Plan(drop=[name]) for name in drops]
     made += [Plan(linear=[name]) for name in plan.linear if name not in base.linear]
+    made += [Plan(narrow={name: units}) for name, units in plan.narrow.items() if name not in base.narrow]
     return tuple(made)
 
 

@@ -94,7 +94,9 @@ class Costs:
         """What ``plan`` saves.
 
         A group of FFNs of one kind saves what was measured of its size; of a larger one, as much for each further
-        member as the last one measured. Other groups save nothing: on one device they compute what they did.
+        member as the last one measured. Other groups save nothing: on one device they compute what they did. A unit
+        that a narrowed FFN does not keep saves what one more of them adds: the time of two such FFNs as one, less that
+        of one alone, over their width; and no more than its share of the FFN's own.
 
         Raises:
             PlanError: a branch of the plan has no costs.
@@ -109,6 +111,16 @@ class Costs:
                 raise PlanError(f"{name!r} has no costs as a linear map: none fits in its place")
             less = branch.parameters - branch.linear_parameters
             total += Use(branch.seconds - branch.linear, less + branch.cache, branch.cache)
+        for name, units in plan.narrow.items():
+            branch = self[name]
+            if not branch.width or len(branch.groups) < 2:
+                raise PlanError(
+                    f"{name!r} has no costs as a narrowed FFN: they are told by the time of two FFNs as one, so "
+                    "measure costs with max_group of 2 or more"
+                )
+            gone = branch.width - len(units)
+            whole = min(max(0.0, branch.groups[1] - branch.groups[0]), branch.seconds)
+            total += Use(whole * gone / branch.width, gone * branch.unit_parameters)
         return sum((Use(self._saved(group)) for group in plan.parallel), total)
 
     def _saved(self, group: Group) -> float:

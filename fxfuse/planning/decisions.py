@@ -27,6 +27,7 @@ def plan_of(recording: Recording, decisions: Iterable[Decision]) -> Plan:
     return Plan(
         drop=(*base.drop, *dropped(kept)),
         linear=base.linear,
+        narrow=base.narrow,
         parallel=(*base.parallel, *(d.branches for d in kept if d.edit == "parallel")),
         why=(*base.why, *made),
     )

@@ -55,6 +55,8 @@ class Effort:
 
     Attributes:
         max_group: FFNs in a group, at most.
+        narrow: shares of its hidden units that an FFN may keep, such as ``(0.75, 0.5, 0.25)``; the units are those that
+            the recording ranks highest. Each share is tried with each FFN, so it makes the search longer.
         pool: how many different solutions are measured.
         healed: how many of them, the best, are healed.
         patience: after how many exchanges that better nothing the search ends.
@@ -67,6 +69,7 @@ class Effort:
     """
 
     max_group: int = 4
+    narrow: tuple[float, ...] = ()
     pool: int = 6
     healed: int = 3
     patience: int = 6
@@ -123,7 +126,7 @@ def find_plan(
     started = time.monotonic()
     with eval_mode(own), uncompiled(own), originals_forbidden():
         search = _Searching(recording, own, given, short, state, progress)
-        wanted = edits(recording, costs, max_group=effort.max_group, linear=bool(short))
+        wanted = edits(recording, costs, max_group=effort.max_group, linear=bool(short), narrow=effort.narrow)
         search.fit([edit for edit in wanted if edit.linear])
         changes = search.changes(wanted)
         problem = Problem(

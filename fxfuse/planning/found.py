@@ -12,7 +12,7 @@ from fxfuse.plan import Decision, Plan, flat
 from fxfuse.planning.candidates import apart
 from fxfuse.planning.costs import Costs, Use
 
-Kind: TypeAlias = Literal["drop", "linear", "parallel"]
+Kind: TypeAlias = Literal["drop", "linear", "narrow", "parallel"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def shape(plan: Plan) -> str:
     """A plan in a few words."""
     words = [f"{len(plan.drop)} dropped"] * bool(plan.drop)
     words += [f"{len(plan.linear)} linear"] * bool(plan.linear)
+    words += [f"{len(plan.narrow)} narrowed"] * bool(plan.narrow)
     words += [f"{len(plan.parallel)} groups of {sum(map(len, plan.parallel))}"] * bool(plan.parallel)
     return ", ".join(words) or "nothing"
 
@@ -121,8 +122,11 @@ def decisions(recording: Recording, costs: Costs, edits: Mapping[Plan, float], b
             tell(Plan(drop=[name]), "drop", (name,), reason, best.final)
         for name in edit.linear:
             tell(edit, "linear", (name,), "in the best plan tried", best.final)
+        for name, units in edit.narrow.items():
+            tell(edit, "narrow", (name,), f"to {len(units)} hidden units, in the best plan tried", best.final)
     for edit in edits:
         if len(edit.names) == 1 and edit.names[0] not in best.plan.names:
-            kind: Kind = "linear" if edit.linear else "drop"
-            tell(edit, kind, edit.names, "others save as much for less", None)
+            kind: Kind = "linear" if edit.linear else "narrow" if edit.narrow else "drop"
+            to = "".join(f"to {len(units)} hidden units, " for units in edit.narrow.values())
+            tell(edit, kind, edit.names, f"{to}others save as much for less", None)
     return tuple(sorted(made, key=lambda decision: recording.index(decision.branches[0])))

@@ -95,10 +95,12 @@ class _There:
         d, item = int(seen.shape[-1]), seen.element_size()
         bytes_ = cutter.parameter_bytes(branch) // item * self._dtype.itemsize
         if branch.ffn is not None and branch.ffn.gated:
-            layer = Layer(d, branch.ffn.projections[0].width, self._tokens, self._tp, self._dtype)
+            width = branch.ffn.projections[0].width
+            layer = Layer(d, width, self._tokens, self._tp, self._dtype)
             alone = sequential(layer, 1, self.gpu).seconds
             groups = (alone, *(fused(layer, size, self.gpu).seconds for size in range(2, max_group + 1)))
-            return BranchTime(branch.name, alone, None, groups, bytes_, 0, 0)
+            unit = cutter.unit_bytes(branch) // item * self._dtype.itemsize
+            return BranchTime(branch.name, alone, None, groups, bytes_, 0, 0, width, unit)
         per_token = cutter.cache_bytes(branch) / TRACED / item * self._dtype.itemsize
         cache = round(per_token * self._batch * (self._context + (self._phase == "decode")))
         matrices = [held for node in branch.parameters if (held := value(node)) is not None and held.dim() > 1]

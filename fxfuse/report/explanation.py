@@ -45,8 +45,8 @@ class BranchInfo:
         adds: the number of the residual sum that it is added in.
         scale: the number its output is multiplied with on the way to the stream (a symbolic one counts as 1).
         parameters: how many numbers its weights hold, its norm's included.
-        edit: what the plan does with it: "drop", "linear", "parallel 0" (the group's number), "linear, parallel 0" or
-            "".
+        edit: what the plan does with it: "drop", "linear", "parallel 0" (the group's number), "linear, parallel 0",
+            "narrow to 512" (hidden units) or "".
         fused: "wide" if the plan makes it a part of one wide FFN, "gate_up" if its projections become one GEMM with
             those of others.
         reason: why it is not fused, or no further; without a plan, what could be done with it.
@@ -196,6 +196,7 @@ def _explain_graph(
 
 def _edit(name: str, plan: Plan) -> str:
     edits = ["drop"] * (name in plan.drop) + ["linear"] * (name in plan.linear)
+    edits += [f"narrow to {len(plan.narrow[name])}"] if name in plan.narrow else []
     edits += [f"parallel {index}" for index, group in enumerate(plan.parallel) if name in flat(group)]
     return ", ".join(edits)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fxfuse.cpu import prepack as prepacking
-from fxfuse.passes import PassReport, drop, fuse_ffn, linear, merge_gate_up, parallelize, simplify
+from fxfuse.passes import PassReport, drop, fuse_ffn, linear, merge_gate_up, narrow, parallelize, simplify
 from fxfuse.passes.add_in_kernel import AddInKernel
 from fxfuse.passes.normalise.sizes import fill_in
 from fxfuse.passes.runner import run
@@ -21,6 +21,7 @@ from tests.models.blocks import WIDTH, Attention, Stream, SwiGLU, Traced, ready,
 
 FIRST = ["layers.0.body"]
 BOTH = ["layers.0.body", "layers.1.body"]
+FIVE = [0, 1, 2, 7, 15]
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,14 @@ def with_the_first_linear(model: nn.Module, x: Tensor) -> Tensor:
     return second(h + first.body.o(first.norm(h)))
 
 
+def of_five_units(model: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(model, Stream)
+    h, (first, second) = model.start(x), model.layers
+    normed, body = first.norm(h), first.body
+    hidden = (F.silu(body.gate(normed)) * body.up(normed))[..., FIVE]
+    return second(h + F.linear(hidden, body.down.weight[:, FIVE]))
+
+
 def in_parallel(model: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(model, Stream)
     h = model.start(x)
@@ -191,6 +200,8 @@ CASES = [
          attention_and_ffn, lambda traced: drop(traced.gm, FIRST), computes=skipping_the_first),
     Case("linear", "an attention becomes its output projection, which reads the norm; queries, keys and scores leave.",
          attention_and_ffn, lambda traced: linear(traced.gm, FIRST), computes=with_the_first_linear),
+    Case("narrow", "the first FFN keeps five of its hidden units: rows and columns of its weights, as expressions.",
+         two_ffns, lambda traced: narrow(traced.gm, {FIRST[0]: tuple(FIVE)}), computes=of_five_units),
     Case("parallelize", "the second FFN reads the stream where the first does, and both are added there.",
          two_ffns, lambda traced: parallelize(traced.gm, [BOTH]), computes=in_parallel),
     Case("fuse_ffn", "two FFNs that read one point become one of twice the width; the gains of their norms go into it.",

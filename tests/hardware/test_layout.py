@@ -44,6 +44,13 @@ def test_a_linear_attention_is_one_matrix_without_a_cache() -> None:
     assert found == (Shape("a1", "linear", 64),)
 
 
+def test_a_narrowed_ffn_has_the_matrices_of_its_units() -> None:
+    whole = {shape.name: shape for shape in blocks(2).shapes}
+    found = planned(blocks(2), Plan(narrow={"f1": range(4)}, parallel=[["f0", "f1"]]))
+    assert found.parts[1].run[0].width == whole["f0"].width + 4
+    assert found.weights == blocks(2).weights - 3 * 8 * (whole["f1"].width - 4)
+
+
 def test_a_group_stands_where_its_first_member_stood_and_is_one_ffn() -> None:
     found = planned(blocks(4), Plan(drop=["a2"], parallel=[["f2", "f1"]]))
     assert names(found) == [("a0",), ("f0",), ("a1",), ("f2", "f1"), ("a3",), ("f3",)]
@@ -72,6 +79,8 @@ def test_private_sequences_run_stage_by_stage_on_streams_of_their_own() -> None:
 def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(PlanError, match="no branch 'a7'; .*a0"):
         planned(blocks(2), Plan(drop=["a7"]))
+    with pytest.raises(PlanError, match="'a1' is to keep 4 hidden units, and is of kind attention with 0"):
+        planned(blocks(2), Plan(narrow={"a1": range(4)}))
     with pytest.raises(PlanError, match="'f1' is in linear, and no attention but ffn"):
         planned(blocks(2), Plan(linear=["f1"]))
 

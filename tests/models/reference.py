@@ -3,17 +3,20 @@
 The semantics, in the words of the design: a group stands where the member that comes first in the stream stands; all
 its members read the stream there and the sum of what they contribute is added there. A member that is a list of
 branches runs in order on its own copy of the stream and contributes what it added. An attention that is linear
-contributes what its output projection makes of its norm's output. Every other reader sees the stream as the plan leaves
+contributes what its output projection makes of its norm's output. Of an FFN that is narrowed the hidden units that it
+does not keep are zero where its down projection reads them. Every other reader sees the stream as the plan leaves
 it. Where the model multiplies its stream, a contribution is scaled by every factor that comes after
 the place where it is added: the sums keep their factors, whatever leaves or joins them, and a private copy has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tests.models import spec as s
 from tests.models.edits import edited
@@ -25,12 +28,13 @@ Parallel = Sequence[Sequence[Member]]
 
 @dataclass(frozen=True)
 class Step:
-    """One branch of a model and the sum it stands in; ``linear`` if the plan makes it that."""
+    """One branch of a model and the sum it stands in; ``linear`` if the plan makes it that, ``units`` that it keeps."""
 
     layer: ResidualLayer
     sum: s.Sum
     branch: s.Branch
     linear: bool
+    units: tuple[int, ...] | None
 
     def __call__(self, h: Tensor, mask: Tensor) -> Tensor:
         """What the branch adds to a stream of value ``h``."""
@@ -40,7 +44,8 @@ class Step:
         if self.layer.cast != "none":
             x = x.to(next(p for p in reversed(list(body.parameters())) if p.ndim == 2).dtype)
         body = body.o if self.linear else body
-        f = body(x, mask) if isinstance(self.branch.body, s.Attention) and not self.linear else body(x)
+        with only(body, self.units):
+            f = body(x, mask) if isinstance(self.branch.body, s.Attention) and not self.linear else body(x)
         if self.branch.post_norm:
             f = getattr(self.layer, f"{self.branch.attribute}_post_norm")(f)
         if self.branch.gain != "none":
@@ -51,12 +56,32 @@ class Step:
         return f.to(h.dtype)
 
 
+@contextmanager
+def only(body: nn.Module, units: tuple[int, ...] | None) -> Iterator[None]:
+    """Inside, the down projection of an FFN reads zeros for all hidden units but these."""
+
+    def masked(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+        kept = torch.zeros(args[0].shape[-1], dtype=torch.bool)
+        kept[list(units or ())] = True
+        return torch.where(kept, args[0], torch.zeros_like(args[0]))
+
+    if units is None:
+        yield
+        return
+    hook = body.get_submodule("down").register_forward_pre_hook(masked)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def reference(
     model: ResidualModel,
     x: Tensor,
     drop: Collection[str] = (),
     parallel: Parallel = (),
     linear: Collection[str] = (),
+    narrow: Sequence[tuple[str, tuple[int, ...]]] = (),
 ) -> tuple[Tensor, ...]:
     """The outputs of ``model`` under a plan, as a tuple: the output and then the taps."""
     steps: dict[str, Step] = {}
@@ -65,7 +90,8 @@ def reference(
         layer = model.layers[i]
         assert isinstance(layer, ResidualLayer)
         names = [f"layers.{i}.{branch.attribute}" for branch in item.branches]
-        steps.update({n: Step(layer, item, b, n in linear) for n, b in zip(names, item.branches, strict=True)})
+        pairs = zip(names, item.branches, strict=True)
+        steps.update({n: Step(layer, item, b, n in linear, dict(narrow).get(n)) for n, b in pairs})
         sums.append((i, layer, item, names))
 
     position = {name: k for k, (_, _, _, names) in enumerate(sums) for name in names}

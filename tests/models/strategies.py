@@ -206,10 +206,12 @@ class PlanSpec:
     drop: tuple[str, ...] = ()
     parallel: tuple[tuple[str | tuple[str, ...], ...], ...] = ()
     linear: tuple[str, ...] = ()
+    narrow: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
-    def as_lists(self) -> dict[str, list[object]]:
+    def as_lists(self) -> dict[str, object]:
         groups: list[object] = [[m if isinstance(m, str) else list(m) for m in group] for group in self.parallel]
-        return {"drop": list(self.drop), "linear": list(self.linear), "parallel": groups}
+        narrow = {name: list(units) for name, units in self.narrow}
+        return {"drop": list(self.drop), "linear": list(self.linear), "narrow": narrow, "parallel": groups}
 
 
 @st.composite
@@ -239,11 +241,39 @@ def layer_pairs(draw: st.DrawFn, spec: s.Model, style: str) -> list[tuple[str | 
 
 @st.composite
 def legal_plans(draw: st.DrawFn, spec: s.Model) -> PlanSpec:
-    """Any drops and groups, and some of the attentions that are left made linear, in a group or not."""
+    """Any drops and groups; some of the attentions that are left made linear, some of the FFNs narrowed."""
     plan = draw(drops_and_groups(spec))
     attentions = [b.name for b in spec.branches if b.kind == "attention" and b.name not in plan.drop]
     linear = draw(st.lists(st.sampled_from(attentions), unique=True)) if attentions and draw(st.booleans()) else []
-    return replace(plan, linear=tuple(linear))
+    return draw(narrowed(spec, replace(plan, linear=tuple(linear))))
+
+
+@st.composite
+def narrowed(draw: st.DrawFn, spec: s.Model, plan: PlanSpec) -> PlanSpec:
+    """The plan with some of its FFNs narrowed, in a group or not, of those that keep their hidden units apart."""
+    bodies = {
+        f"layers.{i}.{branch.attribute}": branch.body
+        for i, _, item in spec.sums()
+        for branch in item.branches
+        if has_units(branch)
+    }
+    names = [name for name in bodies if name not in plan.drop]
+    chosen = draw(st.lists(st.sampled_from(names), unique=True)) if names and draw(st.booleans()) else []
+    made = []
+    for name in chosen:
+        body = bodies[name]
+        assert isinstance(body, s.FFN)
+        units = draw(st.sets(st.integers(0, body.hidden - 1), min_size=1))
+        made.append((name, tuple(sorted(units))))
+    return replace(plan, narrow=tuple(made))
+
+
+def has_units(branch: s.Branch) -> bool:
+    """Whether a branch is ``down(f(projections of one input))`` and nothing else, gains and numbers of it aside."""
+    body = branch.body
+    if not isinstance(body, s.FFN) or branch.edit is not None or branch.post_norm:
+        return False
+    return body.edit is None and not body.inner_norm and body.twist in ("none", "self_gate", "clamp", "transposed")
 
 
 @st.composite
@@ -276,7 +306,7 @@ def fusing_plans(draw: st.DrawFn, spec: s.Model) -> PlanSpec:
     run = ffns[first : draw(st.integers(first + 2, len(ffns)))]
     attentions = [b.name for b in spec.branches if b.kind == "attention"]
     drop = draw(st.lists(st.sampled_from(attentions), unique=True)) if attentions else []
-    return PlanSpec(tuple(drop), (tuple(run),))
+    return draw(narrowed(spec, PlanSpec(tuple(drop), (tuple(run),))))
 
 
 @dataclass(frozen=True)
@@ -287,6 +317,7 @@ class Illegal:
     parallel: list[object]
     quoted: str
     linear: list[object] = field(default_factory=list)
+    narrow: object = field(default_factory=dict)
 
 
 @st.composite
@@ -315,6 +346,17 @@ def malformed_plans(draw: st.DrawFn) -> Illegal:
                 Illegal([], [[a, b], [c, a]], a, linear=[a]),
                 Illegal([], [], "linear[1]", linear=[b, " "]),
                 Illegal([], [], "linear[0]", linear=[[b]]),
+                Illegal([a, b], [], b, narrow={c: [0], b: [1]}),
+                Illegal([], [], a, linear=[b, a], narrow={a: [1]}),
+                Illegal([], [], a, narrow={a: []}),
+                Illegal([], [], "-1", narrow={a: [3, -1]}),
+                Illegal([], [], "unit 3 is there twice", narrow={a: [3, 1, 3]}),
+                Illegal([], [], "1.5", narrow={a: [1.5]}),
+                Illegal([], [], "'a-b'", narrow={a: "0-3,a-b"}),
+                Illegal([], [], "'3-0'", narrow={a: "3-0"}),
+                Illegal([], [], "base64", narrow={a: "base64:?"}),
+                Illegal([], [], "narrow is", narrow=[a]),
+                Illegal([], [], "empty name", narrow={" ": [1]}),
             ]
         )
     )

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 from hypothesis import given
 
 from fxfuse import Plan
-from fxfuse.errors import PlanError
+from fxfuse.errors import PlanError, RecordError
 from fxfuse.measure.recording import Recording
 from fxfuse.planning.candidates import apart, candidates, edits, together
 from fxfuse.planning.costs import Use
@@ -33,6 +36,16 @@ class TestEdits:
         found = edits(made, costs_of(made, no_map=("a1",)), linear=True)
         assert [edit for edit in found if edit.linear] == [Plan(linear=["a0"])]
 
+    def test_ffns_may_be_narrowed_to_the_units_that_are_worth_most(self) -> None:
+        made = replace(recording("afx"), units={"f0": torch.arange(10).float()})
+        found = edits(made, costs_of(made), narrow=(0.5, 0.2))
+        assert [edit for edit in found if edit.narrow] == [
+            Plan(narrow={"f0": range(5, 10)}), Plan(narrow={"f0": [8, 9]})
+        ]  # fmt: skip
+        with pytest.raises(RecordError, match="record again"):
+            edits(recording("af"), costs_of(made), narrow=(0.5,))
+        assert not [edit for edit in edits(made, costs_of(made)) if edit.narrow]
+
     def test_what_the_recorded_plan_names_is_left_alone(self) -> None:
         made = recording("afff", plan=Plan(parallel=[["f1", "f2"]]))
         assert {name for edit in edits(made, costs_of(made)) for name in edit.names} == {"a0", "f0"}
@@ -43,6 +56,12 @@ class TestTogether:
         made = recording("afafafaf", plan=Plan(drop=["gone"]))
         given_ = [Plan(drop=["a3"], parallel=[["f2", "f3"]]), Plan(linear=["a2"]), Plan(drop=["a0"])]
         assert together(made, given_) == Plan(drop=["gone", "a0", "a3"], linear=["a2"], parallel=[["f2", "f3"]])
+
+    def test_units_that_are_kept_stay_kept(self) -> None:
+        made = recording("afaf", plan=Plan(narrow={"f1": [1, 2]}))
+        plan = together(made, [Plan(narrow={"f0": [0, 3]})])
+        assert plan == Plan(narrow={"f0": [0, 3], "f1": [1, 2]})
+        assert apart(plan, made) == (Plan(narrow={"f0": [0, 3]}),)
 
     def test_one_branch_cannot_be_in_two(self) -> None:
         with pytest.raises(PlanError, match="a0"):

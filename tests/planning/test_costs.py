@@ -37,12 +37,21 @@ class TestSavings:
         assert costs.gain(Plan(parallel=[["a0", "a1"]])) == Use()
         assert costs.gain(Plan(parallel=[[("a0", "f0"), ("a1", "f1")]])) == Use()
 
+    def test_a_narrowed_ffn_saves_what_its_units_would_add_to_another_one(self) -> None:
+        costs = costs_of(recording("afaf"))
+        assert costs.gain(Plan(narrow={"f0": range(4)})) == Use(0.6 * 1.5, 6 * 90, 0)  # 6 of 10, and 3.5 - 2 seconds
+        assert costs.gain(Plan(narrow={"f0": range(10)})) == Use()
+        both = Plan(narrow={"f0": range(5)}, parallel=[["f0", "f1"]])
+        assert costs.gain(both).seconds == pytest.approx(0.5 + 0.75)
+
     def test_a_name_without_costs_is_an_error(self) -> None:
         costs = costs_of(recording("af"), no_map=("a0",))
         with pytest.raises(PlanError, match="no costs of a branch 'b0'"):
             costs.of(Plan(drop=["b0"]))
         with pytest.raises(PlanError, match="none fits"):
             costs.of(Plan(linear=["a0"]))
+        with pytest.raises(PlanError, match="'a0' has no costs as a narrowed FFN"):
+            costs.of(Plan(narrow={"a0": [0]}))
 
 
 def test_a_file_holds_all_of_it(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fxfuse.healing.text import kinds
 from fxfuse.measure.recording import Recording
 from fxfuse.planning import Effort, Search, Targets, find_plan, make_plan
 from fxfuse.planning import find as module
-from tests.models.tiny import llama, planned, tokens
+from tests.models.tiny import llama, planned, silenced, tokens
 from tests.planning.costs import costs_of
 
 Batches = list[dict[str, Any]]
@@ -51,6 +51,19 @@ def cost(plan: Plan, batches: Batches) -> float:
 
 def forbidden(*_: object, **__: object) -> object:
     raise AssertionError("this was measured before")
+
+
+def test_ffns_may_be_narrowed_where_that_is_asked_for(recorded: Recording, batches: Batches) -> None:
+    effort = Effort(pool=2, patience=0, max_group=1, narrow=(0.5,))
+
+    found = find_plan(recorded, llama(3), batches, Targets(latency=0.9), costs_of(recorded), effort=effort)
+
+    tried = {edit: kl for edit, kl in found.edits.items() if edit.narrow}
+    assert [list(edit.names) for edit in tried] == [[f"model.layers.{layer}.mlp"] for layer in range(3)]
+    for edit, kl in tried.items():
+        own = fxfuse.evaluate(silenced(llama(3), edit), batches, llama(3)).kl
+        assert kl == pytest.approx(own, rel=1e-4)  # of changes in float32
+    assert any(decision.edit == "narrow" and "to 20 hidden units" in decision.why for decision in found.plan.why)
 
 
 class TestFound:

@@ -49,7 +49,7 @@ def library_plan(plan: PlanSpec) -> fxfuse.Plan:
 
 def planned(model: ResidualModel, x: Tensor, plan: PlanSpec) -> tuple[Tensor, ...]:
     """What the reference says that the plan makes of the model; taps only if the model returns them."""
-    outputs = reference(model, x, drop=plan.drop, parallel=plan.parallel, linear=plan.linear)
+    outputs = reference(model, x, drop=plan.drop, parallel=plan.parallel, linear=plan.linear, narrow=plan.narrow)
     return outputs if model.spec.taps != "none" else outputs[:1]
 
 
@@ -171,7 +171,7 @@ def test_in_a_lower_dtype_the_error_is_that_of_the_unfused_model(
 @given(plan=malformed_plans())
 def test_a_plan_that_contradicts_itself_cannot_be_made(plan: Illegal) -> None:
     with pytest.raises(PlanError) as caught:
-        fxfuse.Plan(drop=plan.drop, parallel=plan.parallel, linear=plan.linear)
+        fxfuse.Plan(drop=plan.drop, parallel=plan.parallel, linear=plan.linear, narrow=plan.narrow)
 
     assert plan.quoted in str(caught.value)
 

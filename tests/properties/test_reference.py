@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.models import ResidualModel, as_tuple, build, make_input, reference
 from tests.models import spec as s
-from tests.models.strategies import residual_models
+from tests.models.strategies import residual_models, swiglu_models
 
 
 def outputs(model: ResidualModel, x: Tensor) -> tuple[Tensor, ...]:
@@ -78,6 +78,36 @@ def test_a_linear_attention_is_the_model_whose_attention_is_its_output_projectio
 
     with torch.no_grad():
         assert_same(reference(model, x, linear=linear), outputs(made, x))
+
+
+@given(spec=swiglu_models(), data=st.data())
+def test_a_narrowed_ffn_is_the_model_that_never_had_the_other_units(spec: s.Model, data: st.DataObject) -> None:
+    """Of the layout whose units are easy to take by hand."""
+    spec = replace(spec, layers=tuple(map(separate, spec.layers)))
+    model, x = build(spec), make_input(spec)
+    made = copy.deepcopy(model)
+    narrow = []
+    for name in [b.name for b in spec.branches if b.kind == "gated"]:
+        body = made.get_submodule(name)
+        units = sorted(data.draw(st.sets(st.integers(0, body.down.in_features - 1), min_size=1)))
+        narrow.append((name, tuple(units)))
+        for projection in (body.gate, body.up):
+            projection.weight = torch.nn.Parameter(projection.weight[units])
+            if projection.bias is not None:
+                projection.bias = torch.nn.Parameter(projection.bias[units])
+        body.down.weight = torch.nn.Parameter(body.down.weight[:, units])
+
+    with torch.no_grad():
+        assert_same(reference(model, x, narrow=narrow), outputs(made, x))
+
+
+def separate(layer: s.Layer) -> s.Layer:
+    def body(own: s.Body) -> s.Body:
+        return replace(own, layout="separate") if isinstance(own, s.FFN) else own
+
+    return s.Layer(
+        tuple(replace(i, branches=tuple(replace(b, body=body(b.body)) for b in i.branches)) for i in layer.sums)
+    )
 
 
 @given(spec=residual_models())

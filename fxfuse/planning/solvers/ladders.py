@@ -111,7 +111,8 @@ def _ordered(recording: Recording, names: Iterable[str]) -> list[str]:
 def _over(recording: Recording, plan: Plan) -> Plan:
     """``plan`` with what the recorded model follows already."""
     base = recording.plan
-    return Plan(drop=(*base.drop, *plan.drop), linear=base.linear, parallel=(*base.parallel, *plan.parallel))
+    drop, parallel = (*base.drop, *plan.drop), (*base.parallel, *plan.parallel)
+    return Plan(drop=drop, linear=base.linear, narrow=base.narrow, parallel=parallel)
 
 
 def _distance(recording: Recording, one: Block, other: Block) -> float:

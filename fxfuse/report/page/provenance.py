@@ -33,4 +33,5 @@ def _edits(subject: Subject) -> str:
     if not plan:
         return "no plan"
     told = [f"{len(plan.drop)} drops"] * bool(plan.drop) + [f"{len(plan.linear)} linear"] * bool(plan.linear)
+    told += [f"{len(plan.narrow)} narrowed"] * bool(plan.narrow)
     return ", ".join([*told, *[f"{len(plan.parallel)} groups"] * bool(plan.parallel)])

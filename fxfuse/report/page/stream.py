@@ -23,6 +23,7 @@ def section(subject: Subject, plan: Plan) -> Element:
 
 def _summary(subject: Subject, plan: Plan) -> str:
     edits = [f"{len(plan.drop)} dropped"] * bool(plan.drop) + [f"{len(plan.linear)} made linear"] * bool(plan.linear)
+    edits += [f"{len(plan.narrow)} narrowed"] * bool(plan.narrow)
     if plan.parallel:
         members, groups = sum(len(flat(group)) for group in plan.parallel), len(plan.parallel)
         edits.append(f"{members} in {groups} group{'s' * (groups > 1)} in parallel")
@@ -84,7 +85,7 @@ def _group(subject: Subject, number: int, group: Group, records: dict[str, Branc
         drawn = [_branch(subject, records[name]) for name in names if name in records]
         members += drawn if isinstance(member, str) else [e("span", *drawn, class_="sequence")]
     plain = [member for member in group if isinstance(member, str)]
-    width = sum(records[name].width for name in plain if name in records) if len(plain) == len(group) else 0
+    width = sum(subject.width(name) for name in plain if name in records) if len(plain) == len(group) else 0
     words = f"{len(group)} side by side" + (f", {width:,} hidden units" if width else "")
     title = f"group {number}: {words}"
     told = "\n".join([title, *(" then ".join((m,) if isinstance(m, str) else m) for m in group)])

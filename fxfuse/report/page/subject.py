@@ -74,6 +74,8 @@ class Subject:
             edits |= dict.fromkeys(flat(group), f"in parallel, group {number}")
         for name in self.plan.linear:
             edits[name] = ", ".join(["linear", *([edits[name]] if name in edits else [])])
+        for name, units in self.plan.narrow.items():
+            edits[name] = ", ".join([f"narrowed to {len(units)} units", *([edits[name]] if name in edits else [])])
         return edits
 
     def edit(self, name: str) -> str:
@@ -87,6 +89,11 @@ class Subject:
     def linear(self, name: str) -> bool:
         """Whether the plan makes the attention one linear map."""
         return self.edit(name).startswith("linear")
+
+    def width(self, name: str) -> int:
+        """The hidden units of a recorded branch under the plan; 0 of what has none."""
+        narrow = {} if self.plan is None else self.plan.narrow
+        return len(narrow[name]) if name in narrow else self.recording.branches[self.recording.index(name)].width
 
     def describe(self, branch: BranchRecord) -> str:
         """What is known of a branch, a fact a line."""

@@ -241,7 +241,8 @@ def _told(costs: Costs) -> str:
 def _judged(model: nn.Module, healed: nn.Module, plan: Plan, kinds: Kinds) -> dict[str, dict[str, Metrics]]:
     """The original; it under the plan; the healed one. Unhealed there are no linear maps, so their attentions leave."""
     before, after = Planned(model), Planned(healed)
-    before.plan, after.plan = Plan(drop=(*plan.drop, *plan.linear), parallel=_without(plan)), plan
+    left = {"drop": (*plan.drop, *plan.linear), "narrow": plan.narrow, "parallel": _without(plan)}
+    before.plan, after.plan = Plan(**left), plan
     programs: dict[str, Model] = {ORIGINAL: model, PLANNED: before, HEALED: after}
     made: dict[str, dict[str, Metrics]] = {name: {} for name in programs}
     with bar("evaluating", "texts", len(programs) * len(kinds), True) as advance:

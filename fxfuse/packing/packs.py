@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxfuse._torch.autograd import same_version
+from fxfuse._torch.collectives import local_tensor
 from fxfuse._torch.sources import mark_static_address
 from fxfuse.packing.fingerprint import Fingerprint, capturing
 from fxfuse.packing.recipe import Part, Recipe
@@ -30,11 +31,17 @@ _version: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def stamp(members: Sequence[Tensor]) -> Stamp:
-    """What changes when a member does: addresses and versions. Inference tensors have no version."""
+    """What changes when a member does: addresses and versions. Inference tensors have no version.
+
+    A sharded member lies where its local tensor lies; it is its own version that counts writes.
+    """
+    addresses = tuple(map(_address, members))
+    if 0 in addresses:
+        addresses = tuple(_address(local_tensor(member)) for member in members)
     try:
-        return tuple(map(_address, members)), tuple(map(_version, members))
+        return addresses, tuple(map(_version, members))
     except RuntimeError:
-        return tuple(map(_address, members)), tuple(map(_version_if_any, members))
+        return addresses, tuple(map(_version_if_any, members))
 
 
 def _version_if_any(member: Tensor) -> int:
@@ -151,11 +158,11 @@ class Pack:
         before, self.fingerprints = self.fingerprints, {}
         with plain_tensors(self._device):
             for member in [members[place] for place in sorted(copied)]:
-                known = before.get(id(member))
-                if known is not None and known.address == member.data_ptr():
+                known, own = before.get(id(member)), local_tensor(member)
+                if known is not None and known.address == own.data_ptr():
                     known.take()
                 else:
-                    known = Fingerprint(member)
+                    known = Fingerprint(own)
                 self.fingerprints[id(member)] = known
 
     def gradients(self, members: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:

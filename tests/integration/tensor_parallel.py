@@ -47,7 +47,7 @@ CASES = {
     "pairs of branches": Case("dtensor", PAIRS, 6),
     "attention beside FFN, biases": Case("dtensor", Plan(), 4, beside=True),
     "attention beside FFN, biases, a wide FFN": Case("dtensor", FUSED, 3, beside=True),
-    "uneven shards": Case("dtensor", FUSED, 4, f=10),
+    "shards of an odd width": Case("dtensor", FUSED, 4, f=20),
     "DTensors between projections": Case("whole outputs", FUSED, 4),
     "functional collectives": Case("functional", FUSED, 4),
     "collectives in place": Case("in place", FUSED, 4),

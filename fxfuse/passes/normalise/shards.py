@@ -110,7 +110,7 @@ class _Shards:
             self._mesh[node] = mesh
         if before == after:
             return made
-        if mesh is None or not isinstance(before, Partial) or after != _REPLICATED:
+        if mesh is None or type(before) is not Partial or after != _REPLICATED:
             return None
         return self._call(node, all_reduce, (made, before.reduce_op, mesh))
 

@@ -1,6 +1,6 @@
 """Claim: under tensor parallelism a group of n FFNs costs one all-reduce, and the model has none but one for each sum.
 
-    python -m benchmarks.tensor_parallel [--processes 2] [--delays 0 0.5 2] [--repeats 15] [--json FILE]
+    python -m benchmarks.tensor_parallel [--processes 2] [--delays 0 0.5 2] [--repeats 15] [--inner NAME] [--json FILE]
 
 A decoder of eight blocks, sharded by torch's DTensor over processes that gloo connects. Three columns: the model as it
 is; under a plan that drops five attentions and makes six FFNs parallel, nothing fused (`max_rewrites=0`); and the same
@@ -118,7 +118,7 @@ class Link:
 
 
 @torch.no_grad()
-def measured(delays: list[float], repeats: int) -> list[dict[str, object]]:
+def measured(delays: list[float], repeats: int, inner: str) -> list[dict[str, object]]:
     """A row for each column and delay, measured in turn so that all meet the same machine."""
     link, library = Link(), torch.library.Library("_c10d_functional", "IMPL")
     library.impl("all_reduce_", link.all_reduce, "CPU", allow_override=True)
@@ -126,7 +126,7 @@ def measured(delays: list[float], repeats: int) -> list[dict[str, object]]:
     x = torch.randn(1, TOKENS, D, generator=torch.Generator().manual_seed(1))
     calls, outputs, counts = {}, {}, {}
     for name, options in COLUMNS.items():
-        calls[name] = torch.compile(sharded(), backend="ffnfuse", options=options or {"plan": Plan()})
+        calls[name] = torch.compile(sharded(), backend="ffnfuse", options={"plan": Plan(), "inner": inner} | options)
         calls[name](x)
         link.count = link.size = 0
         outputs[name] = calls[name](x)
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--delays", type=float, nargs="+", default=[0, 0.5, 2], metavar="MS")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--inner", default="inductor", help="what compiles the graphs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -168,7 +169,7 @@ def main() -> None:
             sys.exit(max(process.wait() for process in running))
     store = f"file://{arguments.folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=arguments.rank, world_size=arguments.processes)
-    rows = measured(arguments.delays, arguments.repeats)
+    rows = measured(arguments.delays, arguments.repeats, arguments.inner)
     if arguments.rank == 0:
         for row in rows:
             print(json.dumps(row))

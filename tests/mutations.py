@@ -64,6 +64,27 @@ MUTATIONS = (
         ("tests/graph/test_peel.py", "tests/stream/test_steps.py"),
     ),
     Mutation(
+        "move a gain past an all-reduce",
+        "fxfuse/ffn/anatomy.py",
+        "if gains or how is not None or found is None:",
+        "if how is not None or found is None:",
+        ("tests/passes/test_join_reductions.py",),
+    ),
+    Mutation(
+        "join all-reduces of different kinds",
+        "fxfuse/passes/join_reductions.py",
+        "key = (part.how, shape(",
+        "key = (shape(",
+        ("tests/passes/test_join_reductions.py",),
+    ),
+    Mutation(
+        "add a bias in every process of an all-reduce",
+        "fxfuse/passes/normalise/shards.py",
+        "added = self._share(node, bias, parts[2])",
+        "added = parts[2]",
+        ("tests/passes/normalise/test_shards.py",),
+    ),
+    Mutation(
         "erase a write that others read",
         "fxfuse/graph/order.py",
         "or any(user > node for user in alias.users):",

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from fxfuse._torch.collectives import local_tensor
 from fxfuse._torch.dynamo import backend_named, never_original, page
 from fxfuse._torch.fake import mode_of
 from fxfuse._torch.inductor import compile_graph, options_of_mode
 from fxfuse._torch.sources import forget_inputs
 from fxfuse._torch.tracing import update_options
+from fxfuse.backend.agreement import agree
 from fxfuse.backend.frontend import take
 from fxfuse.backend.naming import compiled_root, elsewhere, for_root
 from fxfuse.backend.options import Options
@@ -64,6 +66,7 @@ def ffnfuse(
     plan = for_root(chosen.edits, root)
     captured = take(gm, example_inputs, root, alone=bool(plan))
     gm, names = captured.gm, captured.names
+    agree(gm, plan, names.values())
     with transaction(gm, restore=False):
         apply_plan(
             gm,
@@ -170,7 +173,8 @@ def _packed_examples(recipes: Sequence[Recipe], call: PackedCall, example_inputs
 
 
 def _fake(member: Tensor) -> Tensor:
-    """Something like ``member``, made under a fake mode: a tensor without values."""
+    """Something like what this process holds of ``member``, made under a fake mode: a tensor without values."""
+    member = local_tensor(member)
     return torch.empty_strided(member.shape, member.stride(), dtype=member.dtype, device=member.device)
 
 

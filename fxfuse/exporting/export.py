@@ -14,6 +14,7 @@ from fxfuse.errors import ExportError, nearest
 from fxfuse.exporting.folder import new_folder, write_companions
 from fxfuse.exporting.request import Request
 from fxfuse.model import healed
+from fxfuse.model.spread import spread_weights
 from fxfuse.plan import Plan, edits_of
 
 FORMATS: Mapping[str, str] = {
@@ -74,6 +75,8 @@ def export(
     """
     if format not in FORMATS:
         raise ExportError(f"unknown format {format!r}{nearest(format, FORMATS, len(FORMATS))}")
+    if spread := spread_weights(model):
+        raise ExportError(f"{spread}: export it in one process, before it is sharded")
     edits = edits_of(plan)
     healed.check(model, edits)
     request = Request(model, edits, example or example_of(model), tokenizer, progress, check, options)

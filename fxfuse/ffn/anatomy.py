@@ -20,6 +20,7 @@ from fxfuse.ffn.projection import Projection, mixes, projection
 from fxfuse.graph.ops import OVER_UNITS, Op, drops_randomly, is_pointwise, op
 from fxfuse.graph.peel import PASSED, Change, hides_its_sizes, layer, layers
 from fxfuse.graph.scale import ONE, Scale, is_number
+from fxfuse.graph.sharded import Reduction, reduction
 from fxfuse.graph.slices import is_last
 from fxfuse.graph.special import unpackable
 from fxfuse.graph.values import dtype, last_dim, product, shape
@@ -62,6 +63,7 @@ class FFN:
         gains: weight-only nodes that the output is multiplied with, each one number or a vector ``[d]``.
         scale: the numbers that multiply the output on its way to the stream.
         gated: two projections meet in a product.
+        reduction: the all-reduce of what ``down`` makes, where the hidden units are spread over several processes.
     """
 
     normed: Normed
@@ -72,6 +74,7 @@ class FFN:
     gains: tuple[fx.Node, ...]
     scale: Scale
     gated: bool
+    reduction: Reduction | None = None
 
     @property
     def gate_up(self) -> GateUp:
@@ -80,12 +83,17 @@ class FFN:
 
 @dataclass(frozen=True)
 class _Output:
-    """A contribution taken apart: ``scale * gains * node``; ``outer`` is what it is before any gain is taken off."""
+    """A contribution taken apart: ``scale * gains * node``; ``outer`` is what it is before any gain is taken off.
+
+    ``reduction`` is the all-reduce that stands between, outside of all gains: a weight that multiplies its result is
+    one of each process, and need not be the same in all.
+    """
 
     node: fx.Node
     outer: fx.Node
     gains: tuple[fx.Node, ...]
     scale: Scale
+    reduction: Reduction | None
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Recogniser:
         if special := unpackable([*matrices, *constants, *out.gains, *bare.weights]):
             return special
         gated = _gated(_Half(leaves, middle))
-        return FFN(bare, projections, ordered, constants, down, out.gains, out.scale, gated)
+        return FFN(bare, projections, ordered, constants, down, out.gains, out.scale, gated, out.reduction)
 
     def gate_up(self, contribution: fx.Node, belongs: Callable[[fx.Node], bool]) -> GateUp | None:
         """The first half of a branch that is an FFN but for norms and statistics over its units, or an output gate.
@@ -164,15 +172,20 @@ class Recogniser:
 
     def _output(self, contribution: fx.Node) -> _Output:
         """Take off what multiplies a contribution: numbers, and weights of one value or of one a channel."""
-        node, outer, scale = contribution, None, ONE
+        node, outer, scale, how = contribution, None, ONE, None
         gains: list[fx.Node] = []
-        allow = PASSED | Change.NUMBER | Change.GAIN
+        allow = PASSED | Change.NUMBER | Change.GAIN | Change.REDUCE
         for taken in layers(contribution, allow, self._weights, read=dtype(contribution)):
+            if taken.change is Change.REDUCE:
+                found = reduction(taken.node)
+                if gains or how is not None or found is None:
+                    break
+                how = found[1]
             node, scale = taken.source, scale * taken.scale
             if taken.weight is not None:
                 outer = outer or taken.node
                 gains.append(taken.weight)
-        return _Output(node, outer or node, tuple(gains), scale)
+        return _Output(node, outer or node, tuple(gains), scale, how)
 
     def _middle(
         self,
@@ -287,7 +300,7 @@ def leaves_tokens_apart(node: fx.Node, call: Op) -> bool:
         dim, source = call.args.get("dim"), call.node("input")
         dims = dim if isinstance(dim, list | tuple) else (dim,)
         return len(dims) == 1 and source is not None and is_last(dims[0], source)
-    return is_pointwise(call) or layer(node, Change.ROWS) is not None
+    return is_pointwise(call) or layer(node, Change.ROWS | Change.REDUCE) is not None
 
 
 def _gated(half: _Half) -> bool:

@@ -29,6 +29,7 @@ from fxfuse._torch.ops import (
     overloads_of,
     schema,
 )
+from fxfuse.graph.sharded import all_reduce, local_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,9 @@ _TABLE: tuple[_Spelling, ...] = (
     _row("unbind", "input dim", (torch.unbind,), "unbind", "unbind"),
     _row("cat", "tensors dim", (torch.cat, torch.concat), "", "cat"),
     _row("stack", "tensors dim", (torch.stack,), "", "stack"),
+    # of several processes
+    _row("all_reduce", "input kind group", (all_reduce,)),
+    _row("local_part", "input", (local_part,)),
     _row("zeros_like", "input", (torch.zeros_like,), "new_zeros", "zeros_like"),
 )  # fmt: skip
 
@@ -201,6 +205,7 @@ MATMUL = frozenset("linear matmul addmm bmm baddbmm einsum conv sdpa mha".split(
 
 VIEWS = frozenset(
     "view flatten unflatten squeeze unsqueeze expand transpose t permute getitem slice narrow select chunk split tensor_split unbind "
+    "local_part "
     "cast contiguous detach dropout".split()
 )
 """Ops whose output may share memory with their input."""

@@ -17,6 +17,7 @@ from torch import fx
 
 from fxfuse.graph.ops import Op, drops_randomly, op
 from fxfuse.graph.scale import ONE, Scale, scaling
+from fxfuse.graph.sharded import LINEAR
 from fxfuse.graph.values import Dim, dtype, holds, last_dim, product, shape
 
 _Nodes: TypeAlias = Container[fx.Node]
@@ -28,6 +29,8 @@ class Change(Flag):
 
     COPY = auto()
     """``x``, perhaps in other memory."""
+    REDUCE = auto()
+    """The sum, or the mean, of the ``x`` of several processes."""
     ROWS = auto()
     """The same rows in other leading dimensions."""
     WIDEN = auto()
@@ -63,6 +66,7 @@ TABLE: Mapping[str, Change] = {
     "squeeze": Change.ROWS,
     "unsqueeze": Change.ROWS,
     "cast": _CAST,
+    "all_reduce": Change.REDUCE,
     "neg": Change.NUMBER,
     "mul": Change.NUMBER | Change.GAIN | Change.MASK,
     "div": Change.NUMBER | Change.DIVISOR | Change.MASK,
@@ -107,7 +111,7 @@ def layer(
     if call is None or possible is None or not possible & allow:
         return None
     source = call.node("input")
-    if possible not in PASSED | _CAST:
+    if possible not in PASSED | _CAST | Change.REDUCE:
         made = _arithmetic(node, call, weights, last_dim(node) or width)
     else:
         change = _change(node, call, source, read) if source is not None else None
@@ -147,6 +151,8 @@ def _change(node: fx.Node, call: Op, source: fx.Node, read: torch.dtype | None) 
     change = TABLE[call.name]
     if change is Change.COPY:
         return None if drops_randomly(call) else change
+    if change is Change.REDUCE:
+        return change if call.args.get("kind") in LINEAR else None
     if change is Change.ROWS:
         return change if last_dim(node) is not None and last_dim(node) == last_dim(source) else None
     made, given = dtype(node), dtype(source)  # whoever takes a cast off must be able to put it back

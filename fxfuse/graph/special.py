@@ -9,6 +9,7 @@ from torch import fx
 
 from fxfuse._torch.fake import FakeTensor, is_traceable_wrapper_subclass
 from fxfuse._torch.sources import example
+from fxfuse.graph.sharded import local_part
 from fxfuse.graph.values import value
 
 
@@ -25,7 +26,7 @@ def unpackable(weights: Iterable[fx.Node | None]) -> str:
             if held is not None and _is_special(held):
                 name = type(held).__name__
                 return f"its weights are of the tensor class {name}, and only plain tensors can be packed into one"
-        stack.extend(node.all_input_nodes)
+        stack.extend(node.all_input_nodes if node.target is not local_part else ())  # which is a plain tensor
     return ""
 
 

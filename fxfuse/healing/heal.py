@@ -31,6 +31,7 @@ from fxfuse.healing.text import Kind, Text, kinds
 from fxfuse.healing.training import StageRun
 from fxfuse.model.force import uncompiled
 from fxfuse.model.healed import healed_for
+from fxfuse.model.spread import spread_weights
 from fxfuse.plan import Plan
 
 HELD_OUT = 0.2
@@ -151,6 +152,8 @@ def heal(
     """
     started = time.monotonic()
     chosen = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
+    if spread := spread_weights(model):
+        raise HealError(f"{spread}: heal it in one process, or under FSDP by method='distill', before it is sharded")
     own = original(model)
     methods = _checked(chosen, method)
     check_count("block", block)

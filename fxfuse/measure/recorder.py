@@ -28,6 +28,7 @@ from fxfuse.measure.measurements import Measurements
 from fxfuse.measure.recording import Recording, model_digest
 from fxfuse.measure.resume import State, digest_batch
 from fxfuse.model.force import uncompiled
+from fxfuse.model.spread import spread_weights
 from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
 
@@ -106,6 +107,8 @@ class Recorder:
             raise OptionError(f"max_group must not be negative, not {max_group}")
         if not isinstance(plan, Plan | None):
             raise OptionError(f"plan is a fxfuse.Plan or the path of one, not {plan!r}")
+        if spread := spread_weights(model):
+            raise RecordError(f"{spread}: record it in one process, before it is sharded; the plan serves both")
         self.model, self.plan, self.max_group = original(model), plan or Plan(), max_group
         self.digest = model_digest(self.model)
         plain = None if self.plan.narrow else {"narrow"}  # as states were written before there was any

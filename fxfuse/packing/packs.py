@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from operator import attrgetter
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fxfuse._torch.autograd import same_version
+from fxfuse._torch.collectives import local_tensor
 from fxfuse._torch.dynamo import GUARDS_SEE_STRIDES
 from fxfuse._torch.sources import mark_static_address
 from fxfuse.packing.fingerprint import Fingerprint, capturing
@@ -26,22 +26,24 @@ from fxfuse.packing.strategy import Weights, strategy_of
 Stamp: TypeAlias = tuple[tuple[Hashable, ...], tuple[int, ...]]
 _clock = time.perf_counter
 _FIRST_AUDIT = 1.0  # seconds after packs were put to use
-
-
-def _address_and_strides(member: Tensor) -> Hashable:
-    return member.data_ptr(), member.stride()
-
-
-_place: Callable[[Tensor], Hashable] = Tensor.data_ptr if GUARDS_SEE_STRIDES else _address_and_strides
+_address = Tensor.data_ptr
 _version: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def stamp(members: Sequence[Tensor]) -> Stamp:
     """What changes when a member does: places and versions. Inference tensors have no version."""
     try:
-        return tuple(map(_place, members)), tuple(map(_version, members))
+        return _places(members), tuple(map(_version, members))
     except RuntimeError:
-        return tuple(map(_place, members)), tuple(map(_version_if_any, members))
+        return _places(members), tuple(map(_version_if_any, members))
+
+
+def _places(members: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    """Where the members lie; a sharded one where its local tensor does, while it is its own version that counts."""
+    addresses = tuple(map(_address, members))
+    if 0 in addresses:
+        addresses = tuple(_address(local_tensor(member)) for member in members)
+    return addresses if GUARDS_SEE_STRIDES else tuple(zip(addresses, map(Tensor.stride, members), strict=True))
 
 
 def _version_if_any(member: Tensor) -> int:
@@ -158,11 +160,11 @@ class Pack:
         before, self.fingerprints = self.fingerprints, {}
         with plain_tensors(self._device):
             for member in [members[place] for place in sorted(copied)]:
-                known = before.get(id(member))
-                if known is not None and known.address == member.data_ptr():
+                known, own = before.get(id(member)), local_tensor(member)
+                if known is not None and known.address == own.data_ptr():
                     known.take()
                 else:
-                    known = Fingerprint(member)
+                    known = Fingerprint(own)
                 self.fingerprints[id(member)] = known
 
     def gradients(self, members: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:

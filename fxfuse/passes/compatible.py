@@ -13,6 +13,7 @@ from fxfuse.ffn.affine import NORMS
 from fxfuse.ffn.anatomy import FFN, Normed, Projection
 from fxfuse.graph.ops import op
 from fxfuse.graph.peel import Change, peel
+from fxfuse.graph.sharded import Reduction
 from fxfuse.graph.value_numbering import Numbering
 from fxfuse.graph.values import dtype, value
 from fxfuse.passes.unlike import unlike
@@ -33,6 +34,7 @@ class Form:
         activation: the function of a hidden unit, and of how many projections.
         multiplier: the symbolic numbers that its contribution is multiplied with.
         dtypes: of all that it computes with.
+        reduction: the all-reduce that its contribution goes through.
         width: of what it adds.
         device: of its weights.
     """
@@ -41,6 +43,7 @@ class Form:
     activation: tuple[str, int]
     multiplier: tuple[fx.Node, ...]
     dtypes: tuple[torch.dtype | None, ...]
+    reduction: Reduction | None
     width: int
     device: torch.device | None
 
@@ -59,6 +62,7 @@ def form(branch: Branch, numbering: Numbering) -> Form:
         activation=(_activation(ffn.down.input, places), len(projections)),
         multiplier=branch.scale.nodes,
         dtypes=tuple(map(dtype, (branch.terms[0].node, projections[0].input, *weights, *constants))),
+        reduction=ffn.reduction,
         width=ffn.down.width,
         device=None if known is None else known.device,
     )
@@ -79,6 +83,8 @@ def difference(branch: Branch, siblings: Sequence[Branch], numbering: Numbering)
     for name, other_form in same_input.items():
         if other_form.activation != own.activation:
             return f"its activation differs from that of {name}"
+        if other_form.reduction != own.reduction:
+            return f"its contribution is not all-reduced as that of {name} is"
         if other_form.dtypes != own.dtypes:
             return f"it computes in other dtypes than {name}"
         if other_form.device != own.device:

@@ -15,6 +15,7 @@ from fxfuse.errors import PlanError
 from fxfuse.graph.ancestors import ancestors
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.paths import common_path
+from fxfuse.graph.sharded import is_spread
 from fxfuse.graph.surgery import erase_dead, erase_empty_regions, transaction
 from fxfuse.graph.values import dtype, parameters, same_shape, sizes_only, value
 from fxfuse.passes.base import Control, Edit, Pass, PassReport
@@ -93,6 +94,11 @@ def attention_ends(branch: Branch, stream: ResidualStream, facts: Facts) -> Ends
     """
     if branch.kind != "attention":
         raise PlanError(f"{branch.name!r} is no attention but of kind {branch.kind}: linear is for attention")
+    if any(map(is_spread, branch.body)):
+        raise PlanError(
+            f"{branch.name!r} cannot be made linear: its projections are spread over several processes, and no process "
+            "has the rows for the whole of its input. fxfuse.prune the model before it is sharded"
+        )
     terms = [term.node for term in branch.terms]
     ends = ends_of(terms, branch.body, stream.levels, facts.weights, facts.sizes)
     if isinstance(ends, str):

@@ -5,7 +5,8 @@
 3. ``drop``, ``linear``, ``narrow``, then ``parallelize``: the plan, the only approximation.
 4. ``fuse_ffn``: what stands in parallel becomes wide; if asked for, fxfuse's kernels also compute what stands alone.
 5. ``merge_gate_up``: what could not shares its gate/up, and what stands alone has one of its own if asked for.
-6. what fxfuse's own kernels compute adds itself to the stream, where it can.
+6. what several processes add up is added up once for each sum.
+7. what fxfuse's own kernels compute adds itself to the stream, where it can.
 
 All or nothing: if a pass raises, the graph is as it was.
 """
@@ -29,6 +30,7 @@ from fxfuse.passes.base import Pass, PassReport
 from fxfuse.passes.drop import Drop
 from fxfuse.passes.emit.kernel import Kernels
 from fxfuse.passes.fuse_ffn import FuseFFN
+from fxfuse.passes.join_reductions import JoinReductions
 from fxfuse.passes.linear import Linear
 from fxfuse.passes.merge_gate_up import MergeGateUp
 from fxfuse.passes.narrow import Narrow
@@ -127,6 +129,7 @@ def apply_plan(
             runner(MergeGateUp(BY_OPTION[weights], merge_gate_up))
         else:
             runner.reports.append(PassReport(MergeGateUp.name))
+        runner(JoinReductions())
         runner(AddInKernel())
         for pass_ in then:
             runner(pass_)

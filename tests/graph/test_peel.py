@@ -87,7 +87,7 @@ def calls(draw: st.DrawFn) -> tuple[fx.Node, set[fx.Node]]:
     held = torch.randn(sizes, dtype=draw(st.sampled_from(FLOATS)), generator=generator)
     x = holding(graph, "x", held)
     dims = st.integers(-len(sizes), len(sizes) - 1)
-    name = draw(st.sampled_from(sorted(TABLE)))
+    name = draw(st.sampled_from(sorted(TABLE.keys() - {"all_reduce"})))  # which takes several processes
     if TABLE[name] is Change.ROWS:
         one, other = (draw(dims) % len(sizes) for _ in range(2))
         return draw(st.sampled_from(VIEWS))(graph, x, held, one, other), set()

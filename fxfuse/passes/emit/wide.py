@@ -12,6 +12,7 @@ from fxfuse.ffn.anatomy import FFN, GateUp, Normed, Projection
 from fxfuse.graph.ops import op
 from fxfuse.graph.peel import layer
 from fxfuse.graph.scale import Scale
+from fxfuse.graph.sharded import reduced
 from fxfuse.graph.slices import Rows
 from fxfuse.graph.values import Dim, dtype, shape
 from fxfuse.packing import expressions as pack
@@ -288,13 +289,21 @@ def _contribution(
     inner: tuple[Dim, ...] | None,
     stream: fx.Node,
 ) -> fx.Node:
-    """``node``, made of a value of sizes ``inner``, in the shape, dtype and scale of the members' contributions."""
+    """``node``, made of a value of sizes ``inner``, in the shape, dtype and scale of the members' contributions.
+
+    Where those are all-reduced it is, once for all: an all-reduce is linear.
+    """
     first = branches[0]
     assert first.ffn is not None
     outer = shape(first.terms[0].node)
+    made = dtype(first.ffn.down.output)
+    if (how := first.ffn.reduction) is not None:
+        if how.dtype is not None and how.dtype != made:
+            node, made = graph.call_method("to", (node, how.dtype)), how.dtype
+        node = reduced(graph, node, how)
     if inner is not None and outer is not None and inner[:-1] != outer[:-1]:
         node = graph.call_method("reshape_as", (node, stream))
-    wanted, made = dtype(first.terms[0].node), dtype(first.ffn.down.output)
+    wanted = dtype(first.terms[0].node)
     if wanted is not None and wanted != made:
         node = graph.call_method("to", (node, wanted))
     node = pack.scaled(graph, node, common.number)

@@ -8,6 +8,7 @@ residual adds above all, become plain ones where nobody can tell the difference.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
@@ -15,9 +16,9 @@ from torch import fx
 from torch.fx.node import Argument, Target
 
 from fxfuse._torch.ops import OpOverload, op_name, overload_name
-from fxfuse.graph.ops import POINTWISE, asks_for_inplace, inplace_position, mutated_arguments, op
+from fxfuse.graph.ops import POINTWISE, VIEWS, asks_for_inplace, inplace_position, mutated_arguments, op
 from fxfuse.graph.order import aliases, memory_shared_with
-from fxfuse.graph.values import dtype, same_shape
+from fxfuse.graph.values import dtype, same_shape, value
 from fxfuse.graph.written import tie_writes
 
 
@@ -40,6 +41,16 @@ def _out_of_place(graph: fx.Graph) -> list[str]:
     neighbours = aliases(graph)
     changed: list[str] = []
     for node in list(graph.nodes):
+        if (source := _copied(node)) is not None and _is_unseen(node, neighbours, order):
+            neighbours[source] |= neighbours.pop(node, set()) - set(node.all_input_nodes)
+            for others in neighbours.values():
+                others.discard(node)
+            for alias in neighbours[source]:
+                neighbours[alias].add(source)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            changed.append(source.name)
+            continue
         found = op(node)
         if found is None or found.name not in POINTWISE or not found.inplace or "out" in node.kwargs:
             continue
@@ -48,10 +59,7 @@ def _out_of_place(graph: fx.Graph) -> list[str]:
             continue
         if not same_shape(target, node) or dtype(target) != dtype(node):
             continue
-        owners = {target, *memory_shared_with(target, neighbours, but=node)}
-        if any(owner.op in ("placeholder", "get_attr") for owner in owners):
-            continue
-        if any(order[user] > order[node] for owner in owners - {target} for user in owner.users):
+        if not _is_unseen(node, neighbours, order):
             continue
         with graph.inserting_before(node):
             made = graph.create_node(node.op, *plain)
@@ -66,6 +74,28 @@ def _out_of_place(graph: fx.Graph) -> list[str]:
         graph.erase_node(node)
         changed.append(made.name)
     return changed
+
+
+def _is_unseen(node: fx.Node, neighbours: Mapping[fx.Node, set[fx.Node]], order: Mapping[fx.Node, int]) -> bool:
+    """Whether who reads ``node`` alone can see what it writes: memory of the graph's own, of which no view is read."""
+    (target,) = mutated_arguments(node)
+    owners = {target, *memory_shared_with(target, neighbours, but=node)}
+    if any(owner.op in ("placeholder", "get_attr") for owner in owners):
+        return False
+    return not any(order[user] > order[node] for owner in owners - {target} for user in owner.users)
+
+
+def _copied(node: fx.Node) -> fx.Node | None:
+    """What ``y.copy_(x)`` makes of ``y``, whole: new memory that nobody else reads, such as an all-reduce of ``y``."""
+    if node.target not in ("copy_", torch.ops.aten.copy_.default) or len(node.args) < 2:
+        return None
+    target, source = node.args[:2]
+    if not isinstance(target, fx.Node) or not isinstance(source, fx.Node) or set(source.users) != {node}:
+        return None
+    call, known, made = op(source), value(source), value(target)
+    if call is None or call.name in VIEWS or call.inplace or known is None or made is None:
+        return None
+    return source if same_shape(source, target) and (known.dtype, known.device) == (made.dtype, made.device) else None
 
 
 _Call: TypeAlias = tuple[Target, tuple[Argument, ...], dict[str, Argument]]

@@ -9,9 +9,11 @@ from __future__ import annotations
 from torch import fx
 
 from fxfuse.passes.normalise.checkpoints import inline_checkpoints
+from fxfuse.passes.normalise.collectives import join_waits
 from fxfuse.passes.normalise.dialect import translate
 from fxfuse.passes.normalise.functional import make_functional
 from fxfuse.passes.normalise.inline import inline
+from fxfuse.passes.normalise.shards import localise
 
 
 def normalise(gm: fx.GraphModule) -> list[tuple[str, str]]:
@@ -19,6 +21,8 @@ def normalise(gm: fx.GraphModule) -> list[tuple[str, str]]:
     return [
         *((name, "inlined, to be recomputed") for name in inline_checkpoints(gm)),
         *((name, "inlined") for name in inline(gm)),
+        *((name, "written on local tensors") for name in localise(gm.graph)),
+        *((name, "made one with its wait") for name in join_waits(gm.graph)),
         *((name, "translated") for name in translate(gm.graph)),
         *((name, "made functional") for name in make_functional(gm.graph)),
     ]

@@ -15,7 +15,7 @@ import fxfuse
 from fxfuse import Plan
 from fxfuse.report.explanation import BranchInfo
 from tests.models.bodies import SwiGLU
-from tests.models.tiny import llama, planned, redraw, tokens
+from tests.models.tiny import redraw
 
 torchao = pytest.importorskip("torchao.quantization")
 
@@ -247,35 +247,3 @@ def test_inductor_compiles_joined_weights(name: str) -> None:
     model = quantized(ALL[name])
 
     torch.testing.assert_close(run(model, inner="inductor"), model.parallel(H), rtol=1e-4, atol=1e-4)
-
-
-class TestALlama:
-    """Attentions are quantized too, and a cache is kept."""
-
-    DROP, GROUP = ("model.layers.2.self_attn",), [["model.layers.1.mlp", "model.layers.2.mlp"]]
-    IDS = tokens(1)
-
-    def quantized(self) -> Any:
-        model = llama(dtype=torch.float32).requires_grad_(False)
-        fxfuse.fold_gains(model, Plan(drop=self.DROP, parallel=self.GROUP), input_ids=self.IDS, use_cache=False)
-        torchao.quantize_(model.model, GROUPED["int4 in groups"](), is_linear)
-        return model
-
-    @torch.no_grad()
-    def test_apply_generates_what_the_plan_says(self) -> None:
-        model = self.quantized()
-        expected = planned(model, self.DROP, self.GROUP).generate(self.IDS, max_new_tokens=5, do_sample=False)
-
-        fxfuse.apply(model, Plan(drop=self.DROP, parallel=self.GROUP), inner="eager")
-        assert torch.equal(model.generate(self.IDS, max_new_tokens=5, do_sample=False), expected)
-
-    @torch.no_grad()
-    def test_a_linear_attention_is_its_quantized_output_projection(self) -> None:
-        model = self.quantized()
-        made = copy.deepcopy(model)
-        attention = made.model.layers[2].self_attn
-        attention.forward = lambda hidden_states, **_: (attention.o_proj(hidden_states), None)
-
-        call = compiled(model, plan=Plan(linear=self.DROP))
-        expected = made(input_ids=self.IDS, use_cache=False).logits
-        torch.testing.assert_close(call(input_ids=self.IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)

@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "swap two norms",
         "fxfuse/passes/emit/wide.py",
-        "pack.weight_of(graph, slot, ffn.normed.factor) for ffn, slot in zip(ffns, column, strict=True)",
-        "pack.weight_of(graph, slot, ffn.normed.factor) for ffn, slot in zip(ffns[::-1], column, strict=True)",
+        "pack.weight_of(graph, slot, _factor(ffn)) for ffn, slot in zip(ffns, column, strict=True)",
+        "pack.weight_of(graph, slot, _factor(ffn)) for ffn, slot in zip(ffns[::-1], column, strict=True)",
         FUSE,
     ),
     Mutation(
@@ -185,14 +185,35 @@ MUTATIONS = (
     Mutation(
         "skip a repack",
         "fxfuse/packing/calls.py",
-        "bound is None or bound.stamp != stamp(members) or",
-        "bound is None or",
+        "            or bound.stamp != self._now(members)\n",
+        "",
         ("tests/packing/test_calls.py", "-k", "stale"),
+    ),
+    Mutation(
+        "forget what quantized weights are made of",
+        "fxfuse/packing/packs.py",
+        "return [held for member in members for held in inner(member)]",
+        "return list(members)",
+        ("tests/integration/test_quantized.py", "-k", "missed"),
+    ),
+    Mutation(
+        "fold a gain into quantized weights",
+        "fxfuse/passes/compatible.py",
+        "reads=numbering[projections[0].input] if ffn.quantized else bare_key(ffn.normed, numbering),",
+        "reads=bare_key(ffn.normed, numbering),",
+        ("tests/integration/test_quantized.py", "-k", "exact_on_quantized_weights and groups"),
+    ),
+    Mutation(
+        "join columns whose inputs are quantized together",
+        "fxfuse/ffn/quantized.py",
+        "    if columns.dynamic:",
+        "    if False:",
+        ("tests/integration/test_quantized.py", "-k", "no_more"),
     ),
     Mutation(
         "forget the shift of a norm",
         "fxfuse/passes/emit/wide.py",
-        "pack.bias_of(graph, slot, ffn.normed.shifts)",
+        "pack.bias_of(graph, slot, () if ffn.quantized else ffn.normed.shifts)",
         "pack.bias_of(graph, slot)",
         FUSE,
     ),
@@ -318,8 +339,8 @@ MUTATIONS = (
     Mutation(
         "take what a call saw for what was packed",
         "fxfuse/packing/packs.py",
-        "        self.expire()\n        self._stamped = stamp(members)",
-        "        self._stamped = stamp(members)",
+        "        self.expire()\n        self._stamped = stamp(plain(members))",
+        "        self._stamped = stamp(plain(members))",
         ("tests/packing/test_packs.py", "-k", "average"),
     ),
     Mutation(

@@ -5,10 +5,12 @@ There is no public class of them, and graphs are full of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -20,6 +22,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_tra
 def mode_of(values: Sequence[object]) -> FakeTensorMode | None:
     """The fake mode of what a backend is given: new values must be made under the same one."""
     return detect_fake_mode(values)
+
+
+def with_inner(like: Tensor, inner: Mapping[str, Tensor], settings: object, sizes: Sequence[int]) -> Tensor:
+    """A tensor of the class of ``like``, a traceable wrapper, of ``sizes``, that is made of the tensors ``inner``."""
+    strides = [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
+    made: Tensor = type(like).__tensor_unflatten__(  # type: ignore[attr-defined]  # traceable wrappers have it
+        dict(inner), settings, torch.Size(sizes), tuple(strides)
+    )
+    return made
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from fxfuse.backend.options import Options
 from fxfuse.cpu import with_linear_maps
 from fxfuse.cpu.prepack import Prepack
 from fxfuse.errors import OptionError, PlanError
+from fxfuse.graph.blocks import like
 from fxfuse.graph.surgery import transaction
 from fxfuse.model import healed
 from fxfuse.model.force import told
@@ -160,15 +161,15 @@ def _packed_examples(recipes: Sequence[Recipe], call: PackedCall, example_inputs
         members = [example_inputs[index] for index in recipe.inputs]
         try:
             with torch.no_grad(), mode:
-                made = recipe([_fake(member) for member in members])
-                fake = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+                made = recipe([like(member, _fake) for member in members])
+                fake = like(made, _fake)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise PlanError(
                 f"{recipe.what} cannot be packed: the model computes these weights by an op that torch cannot run "
                 f"without their values ({error}); keep their branches out of the plan, or store what is computed"
             ) from error
         grad = torch.is_grad_enabled() and any(member.requires_grad for member in members)
-        fakes.append(fake.requires_grad_(grad))
+        fakes.append(fake.requires_grad_() if grad else fake)
     return fakes
 
 

@@ -42,6 +42,8 @@ def part_of(branch: Branch, plan: Plan) -> Part | str:
     """The FFN that a branch is under a plan, or why it can be no part of a wide one."""
     if branch.ffn is None:
         return branch.reason
+    if branch.ffn.quantized is not None:
+        return "its weights are quantized: export the model first, and quantize what was exported"
     if branch.scale.nodes:
         return "it is multiplied with a symbolic number: trace without dynamic=True"
     activation = activation_of(branch.ffn)

@@ -17,6 +17,8 @@ from torch import fx
 
 from fxfuse.ffn.affine import NORMS, Normed, normed
 from fxfuse.ffn.projection import Projection, mixes, projection
+from fxfuse.ffn.quantized import Quantized, joinable, stacked
+from fxfuse.graph.blocks import Blocks
 from fxfuse.graph.ops import OVER_UNITS, Op, drops_randomly, is_pointwise, op
 from fxfuse.graph.peel import PASSED, Change, hides_its_sizes, layer, layers
 from fxfuse.graph.scale import ONE, Scale, is_number
@@ -44,8 +46,17 @@ class GateUp:
     gated: bool
 
     @property
+    def blocks(self) -> Blocks | None:
+        """How its weights are quantized, if they are, and their rows can be joined with others."""
+        found = stacked(self.projections)
+        return found if isinstance(found, Blocks) else None
+
+    @property
     def unpackable(self) -> str:
         """Why its weights cannot be packed with others; an empty string if they can."""
+        found = stacked(self.projections)
+        if found:
+            return found if isinstance(found, str) else ""
         matrices = [node for leaf in self.projections for node in (leaf.weight, leaf.bias)]
         return unpackable([*matrices, *self.normed.weights])
 
@@ -64,6 +75,8 @@ class FFN:
         scale: the numbers that multiply the output on its way to the stream.
         gated: two projections meet in a product.
         reduction: the all-reduce of what ``down`` makes, where the hidden units are spread over several processes.
+        quantized: how its weights are quantized, if they are. No gain goes into them: only FFNs that read the very same
+            value can be one.
     """
 
     normed: Normed
@@ -75,6 +88,7 @@ class FFN:
     scale: Scale
     gated: bool
     reduction: Reduction | None = None
+    quantized: Quantized | None = None
 
     @property
     def gate_up(self) -> GateUp:
@@ -145,10 +159,14 @@ class Recogniser:
         constants = tuple(dict.fromkeys(constant for constant, _ in uses))
         bare = normed(inputs.pop(), projections[0].fan_in, self._weights, belongs)
         matrices = [node for leaf in (*projections, down) for node in (leaf.weight, leaf.bias)]
-        if special := unpackable([*matrices, *constants, *out.gains, *bare.weights]):
-            return special
+        quantized = None
+        if unpackable([*matrices, *constants, *out.gains, *bare.weights]):
+            found = joinable(projections, down, out.gains, constants)
+            if isinstance(found, str):
+                return found
+            quantized = found
         gated = _gated(_Half(leaves, middle))
-        return FFN(bare, projections, ordered, constants, down, out.gains, out.scale, gated, out.reduction)
+        return FFN(bare, projections, ordered, constants, down, out.gains, out.scale, gated, out.reduction, quantized)
 
     def gate_up(self, contribution: fx.Node, belongs: Callable[[fx.Node], bool]) -> GateUp | None:
         """The first half of a branch that is an FFN but for norms and statistics over its units, or an output gate.

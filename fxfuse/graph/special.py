@@ -1,4 +1,4 @@
-"""Weights of tensor classes of their own, such as quantised ones: they know a linear map, and perhaps not ``cat``."""
+"""Weights of tensor classes of their own, such as quantized ones: they know a linear map, and perhaps not ``cat``."""
 
 from __future__ import annotations
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fxfuse.graph.blocks import blocks_of, is_quantized
 from fxfuse.packing.fingerprint import Watch, watches
-from fxfuse.packing.packs import Audit, Pack, Stamp, plain_tensors, stamp
+from fxfuse.packing.packs import Audit, Pack, Stamp, plain, plain_tensors, stamp
 from fxfuse.packing.recipe import Recipe
 from fxfuse.packing.strategy import Weights
 
@@ -63,7 +64,7 @@ _PACKS: weakref.WeakValueDictionary[Hashable, Pack] = weakref.WeakValueDictionar
 
 def _pack(recipe: Recipe, members: Sequence[Tensor], weights: Weights) -> Pack:
     """The one pack of these members by this recipe; made if no graph has it yet."""
-    kinds = tuple((id(m), m.dtype, m.device, tuple(m.shape), m.stride()) for m in members)
+    kinds = tuple((id(m), m.dtype, m.device, tuple(m.shape), m.stride(), _blocks(m)) for m in members)
     key = (recipe.key, kinds, weights)
     pack = _PACKS.get(key)
     if pack is None:
@@ -71,6 +72,10 @@ def _pack(recipe: Recipe, members: Sequence[Tensor], weights: Weights) -> Pack:
     else:
         pack.sync(members)
     return pack
+
+
+def _blocks(member: Tensor) -> Hashable:
+    return blocks_of(member) if is_quantized(member) else None
 
 
 def refresh(model: nn.Module) -> int:
@@ -148,6 +153,7 @@ class PackedCall:
             take if len(self._inputs) > 1 else lambda args: (take(args),)
         )
         self._bounds: dict[tuple[int, ...], _Bound] = {}
+        self._plain = True  # no member is made of other tensors
         self.compiled: Callable[..., object] | None = None
 
     def tensors(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -155,7 +161,11 @@ class PackedCall:
         members = self._take(args)
         identity = tuple(map(id, members))
         bound = self._bounds.get(identity)
-        if bound is None or bound.stamp != stamp(members) or not bound.holds(members, AUDIT_SHARE / len(self._bounds)):
+        if (
+            bound is None
+            or bound.stamp != self._now(members)
+            or not bound.holds(members, AUDIT_SHARE / len(self._bounds))
+        ):
             bound = self._bounds[identity] = self._bind(identity, members)
         if torch.is_grad_enabled():
             return tuple(
@@ -163,6 +173,9 @@ class PackedCall:
                 for pack, places in zip(bound.packs, self._places, strict=True)
             )
         return bound.tensors
+
+    def _now(self, members: Sequence[Tensor]) -> Stamp:
+        return stamp(members if self._plain else plain(members))
 
     @staticmethod
     def _with_gradient(pack: Pack, members: Sequence[Tensor]) -> Tensor:
@@ -173,6 +186,7 @@ class PackedCall:
         return joined
 
     def _bind(self, identity: tuple[int, ...], members: tuple[Tensor, ...]) -> _Bound:
+        self._plain = self._plain and not any(map(is_quantized, members))
         packs = tuple(
             _pack(recipe, [members[place] for place in places], self._weights)
             for recipe, places in zip(self._recipes, self._places, strict=True)
@@ -182,7 +196,7 @@ class PackedCall:
         bounds = self._bounds
         alive = tuple(weakref.ref(_life(member), lambda _: bounds.pop(identity, None)) for member in members)
         tensors = tuple(pack.tensor for pack in packs)
-        bound = _Bound(packs, tensors, stamp(members), looks, Audit(packs, self._places), alive)
+        bound = _Bound(packs, tensors, self._now(members), looks, Audit(packs, self._places), alive)
         for pack in packs:
             pack.serve(bound)
         return bound

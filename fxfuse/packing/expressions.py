@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fxfuse._common.units import Units, from_text, to_text
 from fxfuse.ffn.affine import Factor, Shift
 from fxfuse.ffn.anatomy import Projection
+from fxfuse.graph.blocks import blocks_at, join
 from fxfuse.graph.values import Dim, dtype, shape, sized, value
 
 PACK = "fxfuse_pack"
@@ -81,7 +82,7 @@ def cat(graph: fx.Graph, parts: Sequence[fx.Node], dim: int, what: str) -> fx.No
         found = value(parts[0])
         if found is not None and found.is_contiguous():
             return parts[0]
-    node = graph.call_function(torch.cat, (list(parts), dim))
+    node = graph.call_function(join if blocks_at(parts[0]) else torch.cat, (list(parts), dim))
     node.meta[PACK] = what
     return node
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Protocol, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from fxfuse._torch.autograd import same_version
 from fxfuse._torch.collectives import local_tensor
 from fxfuse._torch.dynamo import GUARDS_SEE_STRIDES
 from fxfuse._torch.sources import mark_static_address
+from fxfuse.graph.blocks import inner
 from fxfuse.packing.fingerprint import Fingerprint, capturing
 from fxfuse.packing.recipe import Part, Recipe
 from fxfuse.packing.strategy import Weights, strategy_of
@@ -30,8 +32,13 @@ _address = Tensor.data_ptr
 _version: Callable[[Tensor], int] = attrgetter("_version")
 
 
+def plain(members: Sequence[Tensor]) -> list[Tensor]:
+    """The plain tensors that hold the values of ``members``: what quantized ones are made of."""
+    return [held for member in members for held in inner(member)]
+
+
 def stamp(members: Sequence[Tensor]) -> Stamp:
-    """What changes when a member does: places and versions. Inference tensors have no version."""
+    """What changes when one of these does: places and versions. Inference tensors have no version."""
     try:
         return _places(members), tuple(map(_version, members))
     except RuntimeError:
@@ -75,7 +82,8 @@ class Pack:
         tensor: the packed values; always the same memory, as long as the members keep their dtypes and devices. Under
             ``"share"`` it moves when a member leaves it.
         ids: the identities of the members.
-        fingerprints: of the members whose values it holds once more, by their identities.
+        fingerprints: of the tensors whose values it holds once more, by their identities: its members, and what
+            quantized ones are made of.
     """
 
     def __init__(self, recipe: Recipe, members: Sequence[Tensor], weights: Weights) -> None:
@@ -98,7 +106,7 @@ class Pack:
 
     def sync(self, members: Sequence[Tensor]) -> None:
         """Take over what changed in the members since the last time."""
-        if self._stamped != stamp(members):
+        if self._stamped != stamp(plain(members)):
             self._repack(members)
         elif not all(fingerprint.same() for fingerprint in self.fingerprints.values()):
             with same_version(self.tensor):  # those of the members stayed as well
@@ -145,8 +153,8 @@ class Pack:
             if part.member is not None and not self._shares(part, region, members):
                 self._strategy.adopt(members[part.member], region)
         self.expire()
-        self._stamped = stamp(members)
-        self._memory = [member.detach() for member in members]  # so that no other tensor can come to lie there
+        self._stamped = stamp(plain(members))
+        self._memory = [held.detach() for held in plain(members)]  # so that no other tensor can come to lie there
         self._look(members)
 
     def _look(self, members: Sequence[Tensor]) -> None:
@@ -159,13 +167,13 @@ class Pack:
         }
         before, self.fingerprints = self.fingerprints, {}
         with plain_tensors(self._device):
-            for member in [members[place] for place in sorted(copied)]:
-                known, own = before.get(id(member)), local_tensor(member)
+            for held in plain([members[place] for place in sorted(copied)]):
+                known, own = before.get(id(held)), local_tensor(held)
                 if known is not None and known.address == own.data_ptr():
                     known.take()
                 else:
                     known = Fingerprint(own)
-                self.fingerprints[id(member)] = known
+                self.fingerprints[id(held)] = known
 
     def gradients(self, members: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
         """The gradient of the packed tensor, taken apart into those of the members that need one."""

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxfuse._torch.sources import mark_static
 from fxfuse.graph.ancestors import ancestors
+from fxfuse.graph.blocks import join
 from fxfuse.graph.surgery import transaction
 from fxfuse.graph.values import value
 from fxfuse.packing.expressions import PACK
@@ -74,7 +75,7 @@ def _extract(gm: fx.GraphModule) -> list[Recipe]:
         members = [node for node in positions if node in inside]
         if any(node.op == "get_attr" for node in inside) or last is None:
             continue
-        parts, dim = (root.args[0], root.args[1]) if root.target is torch.cat else ([root], 0)
+        parts, dim = (root.args[0], root.args[1]) if root.target in (torch.cat, join) else ([root], 0)
         assert isinstance(parts, list | tuple) and isinstance(dim, int)
         recipes.append(
             Recipe(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.errors import OptionError
+from fxfuse.graph.blocks import inner, is_quantized, join, narrow
 from fxfuse.packing.fingerprint import bits
 
 Weights: TypeAlias = Literal["copy", "share"]
@@ -96,7 +97,28 @@ class Opaque(Copied):
         return super().same(region.to_dense(), made.to_dense())
 
 
-BY_KIND: list[Copied] = [Opaque()]
+class Blockwise(Copied):
+    """A copy of weights that are quantized in blocks, which stay what they are (:mod:`fxfuse.graph.blocks`)."""
+
+    def takes(self, made: Tensor) -> bool:
+        return is_quantized(made)
+
+    def join(self, made: Sequence[Tensor], dim: int) -> Tensor:
+        return join(made, dim)
+
+    def regions(self, packed: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
+        starts = [sum(sizes[:place]) for place in range(len(sizes))]
+        return tuple(narrow(packed, dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+    def write(self, region: Tensor, made: Tensor) -> None:
+        for own, new in zip(inner(region), inner(made), strict=True):
+            own.copy_(new)
+
+    def same(self, region: Tensor, made: Tensor) -> bool:
+        return all(super(Blockwise, self).same(*pair) for pair in zip(inner(region), inner(made), strict=True))
+
+
+BY_KIND: list[Copied] = [Opaque(), Blockwise()]
 """The strategies of tensors that no option concerns; the first that takes a part serves."""
 
 COPIED, SHARED = Copied(), Shared()

@@ -11,6 +11,7 @@ from torch import fx
 
 from fxfuse.ffn.affine import NORMS
 from fxfuse.ffn.anatomy import FFN, Normed, Projection
+from fxfuse.ffn.quantized import Quantized
 from fxfuse.graph.ops import op
 from fxfuse.graph.peel import Change, peel
 from fxfuse.graph.sharded import Reduction
@@ -20,6 +21,13 @@ from fxfuse.passes.unlike import unlike
 from fxfuse.stream.branch import Branch
 
 NO_OTHER = "no other FFN of a form that can be made wide is added to the stream at the same place"
+
+SHARED_QUANTIZED = "its weights are quantized, and weights='share' takes the memory of plain tensors only"
+
+OWN_GAIN = (
+    "its norm has a gain of its own, which cannot go into quantized weights: fxfuse.fold_gains(model, plan, ...) puts "
+    "it into the weights before they are quantized"
+)
 
 TRANSPARENT = Change.COPY | Change.ROWS
 """What ops inside an FFN may do that changes no hidden unit; a wide FFN does without them."""
@@ -37,6 +45,8 @@ class Form:
         reduction: the all-reduce that its contribution goes through.
         width: of what it adds.
         device: of its weights.
+        quantized: how they are quantized, and the number that its contribution is multiplied with, which cannot go into
+            quantized weights.
     """
 
     reads: Hashable
@@ -46,6 +56,7 @@ class Form:
     reduction: Reduction | None
     width: int
     device: torch.device | None
+    quantized: tuple[Quantized, float] | None
 
 
 def form(branch: Branch, numbering: Numbering) -> Form:
@@ -58,13 +69,14 @@ def form(branch: Branch, numbering: Numbering) -> Form:
     weights = [slot.weight for slot in (*projections, ffn.down)]
     known = value(ffn.down.weight)
     return Form(
-        reads=bare_key(ffn.normed, numbering),
+        reads=numbering[projections[0].input] if ffn.quantized else bare_key(ffn.normed, numbering),
         activation=(_activation(ffn.down.input, places), len(projections)),
         multiplier=branch.scale.nodes,
         dtypes=tuple(map(dtype, (branch.terms[0].node, projections[0].input, *weights, *constants))),
         reduction=ffn.reduction,
         width=ffn.down.width,
         device=None if known is None else known.device,
+        quantized=None if ffn.quantized is None else (ffn.quantized, branch.scale.number),
     )
 
 
@@ -87,13 +99,28 @@ def difference(branch: Branch, siblings: Sequence[Branch], numbering: Numbering)
             return f"its contribution is not all-reduced as that of {name} is"
         if other_form.dtypes != own.dtypes:
             return f"it computes in other dtypes than {name}"
+        if other_form.quantized != own.quantized:
+            return f"its weights are quantized in another way than those of {name}, or scaled by another number"
         if other_form.device != own.device:
             return f"its weights are on another device than those of {name}"
         return f"it adds a value of another width than {name}"
     same_point = next((other for other in others if other.read is branch.read), None)
+    if gain := own_gain(branch, siblings, numbering):
+        return gain
     if same_point is not None:
         return unlike(branch, same_point, numbering)
     return f"it reads another point of the stream than {others[0].name}"
+
+
+def own_gain(branch: Branch, siblings: Sequence[Branch], numbering: Numbering) -> str:
+    """Why quantized projections are not joined with those of an FFN that reads the same but for its norm's gain."""
+    half = branch.gate_up
+    if half is None or half.blocks is None:
+        return ""
+    others = [other.gate_up for other in siblings if other is not branch and other.gate_up is not None]
+    alike = [other for other in others if bare_key(other.normed, numbering) == bare_key(half.normed, numbering)]
+    inputs = {numbering[each.projections[0].input] for each in (half, *alike)}
+    return OWN_GAIN if len(inputs) > 1 else ""
 
 
 def bare_key(normed: Normed, numbering: Numbering) -> Hashable:

@@ -21,7 +21,7 @@ from fxfuse.graph.values import shape
 from fxfuse.packing.strategy import BY_OPTION, COPIED, Copied, Weights
 from fxfuse.passes.base import Edit, Fusion, PassReport
 from fxfuse.passes.canonical import Canonical
-from fxfuse.passes.compatible import difference, form
+from fxfuse.passes.compatible import SHARED_QUANTIZED, difference, form, own_gain
 from fxfuse.passes.emit.kernel import Kernel, Kernels, kernel_alone, kernel_of
 from fxfuse.passes.emit.wide import emit_batched, emit_wide
 from fxfuse.passes.runner import run
@@ -69,6 +69,8 @@ class FuseFFN(Fusion[_Wide]):
         how: Kernel | str = "it stands in parallel with no other"
         if not self.weights.folds:
             how = f"weights={self.weights.option!r}"
+        elif any(branch.ffn is not None and branch.ffn.quantized for branch in branches):
+            how = "their weights are quantized"
         elif len(branches) > 1:
             how = kernel_of(branches, self.kernels)
         elif self.merge_gate_up:
@@ -149,7 +151,8 @@ def _alike(
     for branch in residual.branches:
         if branch.ffn is None:
             if branch.gate_up is not None:
-                rounding = unfoldable(branch.gate_up.normed) if weights.folds else ""
+                rounding = unfoldable(branch.gate_up.normed) if weights.folds and branch.gate_up.blocks is None else ""
+                rounding = rounding or own_gain(branch, residual.branches, numbering)
                 report.refused.append(Edit((branch.name,), "fuse", "; ".join(filter(None, (branch.reason, rounding)))))
             continue
         reason = ""
@@ -159,6 +162,8 @@ def _alike(
             reason = "the graph does not tell the sizes of what it reads; give the pass example inputs"
         elif any(region[node] != region[residual.out] for node in branch.body):
             reason = "it stands in another autocast or no_grad region than the sum it is added in"
+        elif branch.ffn.quantized is not None:
+            reason = "" if weights.folds else SHARED_QUANTIZED
         elif weights.folds:
             reason = unfoldable(branch.ffn.normed)
         if reason:

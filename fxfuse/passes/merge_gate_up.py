@@ -22,7 +22,7 @@ from fxfuse.packing.expressions import PACK
 from fxfuse.packing.strategy import BY_OPTION, COPIED, Copied, Weights
 from fxfuse.passes.base import Edit, Fusion, PassReport
 from fxfuse.passes.canonical import Canonical
-from fxfuse.passes.compatible import bare_key, difference
+from fxfuse.passes.compatible import SHARED_QUANTIZED, bare_key, difference
 from fxfuse.passes.emit.wide import can_be_given_the_shape_of, emit_projections
 from fxfuse.passes.runner import run
 from fxfuse.passes.verify import Claim
@@ -125,16 +125,18 @@ def _groups(
         half = branch.gate_up
         if half is None or any(PACK in p.weight.meta for p in half.projections):
             continue  # the latter is wide already
-        if half.unpackable:
-            report.refused.append(Edit((branch.name,), "merge", half.unpackable))
+        blocks = half.blocks
+        if reason := half.unpackable or (SHARED_QUANTIZED if blocks and not weights.folds else ""):
+            report.refused.append(Edit((branch.name,), "merge", reason))
             continue
         first = half.projections[0]
-        rounding = unfoldable(half.normed) if weights.folds else ""
+        rounding = unfoldable(half.normed) if weights.folds and blocks is None else ""
         if rounding and several:
             reason = "; ".join(filter(None, (branch.reason, rounding)))
             report.refused.append(Edit((branch.name,), "merge with others", reason))
         key = (
-            numbering[first.input] if rounding or not weights.folds else bare_key(half.normed, numbering),
+            numbering[first.input] if rounding or blocks or not weights.folds else bare_key(half.normed, numbering),
+            blocks,
             region[first.output],
             tuple({dtype(node) for p in half.projections for node in (p.input, p.weight)}),
             None if (first_weight := value(first.weight)) is None else first_weight.device,

@@ -17,6 +17,7 @@ from torch.fx.node import Argument, Target, map_aggregate
 
 from fxfuse.errors import OptionError, VerifyError
 from fxfuse.graph.ancestors import ancestors
+from fxfuse.graph.blocks import dequantized
 from fxfuse.graph.ops import FLOATING_METHODS, is_barrier, mutated_arguments
 from fxfuse.stream.branch import Term
 
@@ -157,7 +158,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _double(value: object) -> object:
     """A copy of a tensor, in float64 if it is a floating-point one; a symbolic number as the number it stands for."""
     if isinstance(value, Tensor):
-        return _wide(value.detach().clone())
+        return _wide(dequantized(value.detach()).clone())
     if isinstance(value, torch.SymInt | torch.SymFloat):
         return value.node.hint
     return value

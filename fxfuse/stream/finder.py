@@ -14,6 +14,8 @@ from itertools import takewhile
 from torch import fx
 
 from fxfuse.errors import PlanError, nearest
+from fxfuse.ffn.adapter import REASON as ADAPTED
+from fxfuse.ffn.adapter import adapted
 from fxfuse.ffn.anatomy import Recogniser, mixes
 from fxfuse.graph.ancestors import ancestors
 from fxfuse.graph.constant import weight_only
@@ -230,6 +232,8 @@ class _Finder:
         elif kind == "moe":
             tied = beside(terms, nodes, self._recogniser, self._constant)
             gate_up, reason = None, f"routed experts, and an FFN: {tied}" if tied else "routed experts"
+        elif ffn is None and not crossing and adapted(nodes, [term.node for term in terms], self._constant):
+            reason = ADAPTED
         elif kind == "other" and is_linear_map([term.node for term in terms], nodes, self._constant, self._sizes):
             kind, reason = "linear", "a linear map, no hidden layer"
         return Branch(

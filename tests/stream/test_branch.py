@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxfuse.ffn.adapter import REASON
 from fxfuse.graph.paths import deeper
 from fxfuse.passes import drop, simplify
 from fxfuse.stream.branch import STAMP, number_of_parameters, stamp
@@ -270,7 +271,7 @@ def test_an_adapter_on_the_gate_is_a_reason(road: str) -> None:
 
     assert len(branch.terms) == 1
     assert branch.kind == "other"
-    assert branch.reason == "its projections read different values"
+    assert branch.reason == REASON
 
 
 class WholeAdapter(nn.Module):

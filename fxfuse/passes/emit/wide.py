@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxfuse.ffn.affine import Factor
 from fxfuse.ffn.anatomy import FFN, GateUp, Normed, Projection
 from fxfuse.graph.ops import op
 from fxfuse.graph.peel import layer
@@ -45,7 +46,8 @@ def emit_wide(graph: fx.Graph, branches: Sequence[Branch], stream: fx.Node, kern
         source, eps = kernel.norm or (_shared_input(graph, ffns[0].normed, ffns[0].projections[0]), None)
         node = call_kernel(graph, kernel, source, weight, bias, down, down_bias, eps)
         return _contribution(graph, node, branches, common, shape(source), stream)
-    source = _shared_input(graph, ffns[0].normed, ffns[0].projections[0])
+    first = ffns[0].projections[0]
+    source = first.input if ffns[0].quantized else _shared_input(graph, ffns[0].normed, first)
     wide = graph.call_function(F.linear, (source, weight, bias))
     hidden = _middle(graph, ffns[0], slices(graph, wide, [width] * len(columns)), _constants(graph, ffns, names))
     node = graph.call_function(F.linear, (hidden, down, down_bias))
@@ -58,7 +60,7 @@ def _rows_of(
     """The first rows of all FFNs, then the second ones, each column of them padded with so many rows of zeros."""
     parts: list[fx.Node] = []
     for column in columns:
-        own = [pack.weight_of(graph, slot, ffn.normed.factor) for ffn, slot in zip(ffns, column, strict=True)]
+        own = [pack.weight_of(graph, slot, _factor(ffn)) for ffn, slot in zip(ffns, column, strict=True)]
         parts += [*own, *pack.zeros(graph, own[0], 0, padding)]
     return pack.cat(graph, parts, 0, f"projections of {names}")
 
@@ -68,7 +70,7 @@ def _biases_of(
 ) -> fx.Node | None:
     """Their biases, a norm's shift included, in the same order; zeros for those who have none, None if nobody has."""
     order = [(ffn, slot) for column in columns for ffn, slot in zip(ffns, column, strict=True)]
-    biases = [pack.bias_of(graph, slot, ffn.normed.shifts) for ffn, slot in order]
+    biases = [pack.bias_of(graph, slot, () if ffn.quantized else ffn.normed.shifts) for ffn, slot in order]
     filled = _filled(graph, biases, [slot for _, slot in order])
     if not filled:
         return None
@@ -79,6 +81,11 @@ def _biases_of(
         for part in (*filled[start : start + count], *pack.zeros(graph, filled[start], 0, padding))
     ]
     return pack.cat(graph, padded, 0, f"projection bias of {names}")
+
+
+def _factor(ffn: FFN) -> Factor:
+    """What goes into the rows of its projections; nothing, where these are quantized: they read the gain's product."""
+    return pack.ONE if ffn.quantized else ffn.normed.factor
 
 
 def emit_batched(graph: fx.Graph, branches: Sequence[Branch], stream: fx.Node) -> fx.Node:

@@ -91,6 +91,10 @@ def narrowable(branch: Branch, units: Units) -> FFN:
         if branch.kind not in ("gated_ffn", "ffn"):
             raise PlanError(f"{branch.name!r} is no FFN but of kind {branch.kind}: narrow is for FFNs")
         raise PlanError(f"{branch.name!r} cannot be narrowed: {branch.reason}")
+    if ffn.quantized is not None:
+        raise PlanError(f"{branch.name!r} cannot be narrowed: its weights are quantized; prune the model before that")
+    if ffn.reduction is not None:
+        raise PlanError(f"{branch.name!r} cannot be narrowed: its units are spread over processes; prune before that")
     width = ffn.projections[0].width
     if units[-1] >= width and len(units) != width:
         raise PlanError(

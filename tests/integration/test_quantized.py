@@ -247,3 +247,12 @@ def test_inductor_compiles_joined_weights(name: str) -> None:
     model = quantized(ALL[name])
 
     torch.testing.assert_close(run(model, inner="inductor"), model.parallel(H), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
+def test_hidden_units_are_not_taken_out_of_quantized_weights(config: Config) -> None:
+    model = Net()
+    torchao.quantize_(model.layers[0], config())
+    plan = Plan(narrow={"layers.0.mlp": range(8)})
+    with pytest.raises(Exception, match=r"PlanError: 'layers\.0\.mlp' cannot be narrowed"):
+        torch.compile(model, backend="ffnfuse", options={"plan": plan, "inner": "eager"})(H)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from fxfuse.backend.frontend import twin
 from fxfuse.bench.prefill_decode import Latency, Program, cache_bytes_per_token, decode, filled_cache, prefill
 from fxfuse.bench.timing import Machine
 from fxfuse.cli.shared import save_folder
-from fxfuse.data.batches import Model
+from fxfuse.data.batches import Batch, Model
 from fxfuse.data.loading import Loaded
+from fxfuse.data.own_text import written_by
 from fxfuse.data.text import batches_of, docstrings, licences, python_documentation
 from fxfuse.errors import HealError, RecordError
 from fxfuse.measure.evaluation import Metrics
@@ -41,7 +42,7 @@ NEAR, FAR = "near", "far"
 
 FILES = ("recording.safetensors", "costs.json", "plan.json", "search.json", "report.html")
 
-Kinds = Mapping[str, list[dict[str, object]]]
+Kinds = Mapping[str, Sequence[Batch]]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Sizes:
 
     Attributes:
         length: tokens in a sequence.
-        record, search, heal, judge: tokens to record on; to search on; to heal on, of each of two kinds; to judge by,
-            of each of two other kinds.
+        record, search, heal, own, judge: tokens to record on; to search on; to heal on, of each of two kinds, and of
+            what the model writes itself; to judge by, of each of two other kinds.
         prompt: tokens of the prefill that is timed.
         context: tokens in the KV cache of the decode step that is timed.
         repeats: rounds of timing.
@@ -62,6 +63,7 @@ class Sizes:
     record: int = 1024
     search: int = 1024
     heal: int = 12_288
+    own: int = 8192
     judge: int = 6144
     prompt: int = 128
     context: int = 2048
@@ -188,6 +190,7 @@ class _Texts:
         self.healed: Kinds = {
             "documentation": documentation[taken:],
             "docstrings": self._batches(docstrings(), sizes.heal),
+            "own text": written_by(loaded.model, sizes.own, sizes.length, progress=True),
         }
         self.judged: Kinds = {
             NEAR: self._batches(python_documentation("hold out"), sizes.judge),

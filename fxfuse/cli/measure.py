@@ -220,7 +220,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="where the files go")] = Path("demo"),
     target_latency: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="share of the original's decode time that the plan may take")
-    ] = 0.8,
+    ] = 0.9,
     dtype: CastTo = None,
     json: Json = False,
 ) -> None:

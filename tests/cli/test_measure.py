@@ -208,7 +208,9 @@ def recorded(llama_with_words: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 def demo_sizes() -> Sizes:
     effort = Effort(pool=1, healed=1, patience=0, max_group=2, heal_tokens=64)
-    return Sizes(length=8, record=64, search=64, heal=256, judge=64, prompt=6, context=9, repeats=2, effort=effort)
+    return Sizes(
+        length=8, record=64, search=64, heal=256, own=64, judge=64, prompt=6, context=9, repeats=2, effort=effort
+    )
 
 
 @pytest.mark.slow

@@ -15,15 +15,17 @@ import fxfuse
 PACKAGE = Path(fxfuse.__file__).parent
 
 FOREIGN = {
+    "bench/engines/llama_cpp_worker.py": {"_cffi_bindings"},
     "exporting/transformers.py": {"_name_or_path"},
     "kernels/compile.py": {"_active"},
     "healing/trainer.py": {"_prepare_inputs"},
     "healing/training.py": {"_n_gpu"},
     "measure/tasks/harness.py": {"_stderr"},
 }
-"""Private names that are not torch's: Triton has no public way to ask for the driver that is set, nor Hugging Face's
-Trainer for how it moves batches and on how many GPUs of a process it splits them. Its configs are written with the path
-that they were read from. The last is of lm_eval's keys."""
+"""Private names that are not torch's: llama-cpp-py-sync keeps llama.cpp's own functions in such a module, Triton has no
+public way to ask for the driver that is set, nor Hugging Face's Trainer for how it moves batches and on how many GPUs of
+a process it splits them. Its configs are written with the path that they were read from. The last is of lm_eval's
+keys."""
 
 PUBLIC = ("torch.ops.aten", "ops.aten", "sys")
 """What torch does not hide: names of ops, which graphs hold, and Python's own ``sys._getframe``."""

@@ -533,8 +533,18 @@ class Rewritten(Stream):
         h = x * 1.5
         h1 = h + self.branch(0, h)
         h2 = h1 + self.branch(1, h1)
-        h1.copy_(2 * h1)
+        self.write(h1)
         return h2 + self.branch(2, h2), h1
+
+    def write(self, h: Tensor) -> None:
+        h.view(-1).mul_(2)
+
+
+class Replaced(Rewritten):
+    """All of it is written over at once, with what nobody else reads."""
+
+    def write(self, h: Tensor) -> None:
+        h.copy_(2 * h)
 
 
 @on_both_roads
@@ -549,6 +559,18 @@ def test_a_point_that_is_overwritten_later_takes_no_group(road: str) -> None:
     h = vectors() * 1.5
     h = h + model.branch(0, h) + model.branch(2, h)
     assert_same(traced(), (h + model.branch(1, h), 2 * h))
+
+
+@on_both_roads
+def test_a_point_that_is_replaced_whole_is_still_there_for_a_group(road: str) -> None:
+    model = ready(Replaced())
+    traced = trace(model, vectors(), road=road)
+
+    parallelize(traced.gm, [("layers.1.body", "layers.2.body")])
+
+    h = vectors() * 1.5
+    h = h + model.branch(0, h)
+    assert_same(traced(), (h + model.branch(1, h) + model.branch(2, h), 2 * h))
 
 
 @on_both_roads

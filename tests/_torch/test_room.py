@@ -23,8 +23,8 @@ FOREIGN = {
     "measure/tasks/harness.py": {"_stderr"},
 }
 """Private names that are not torch's: llama-cpp-py-sync keeps llama.cpp's own functions in such a module, Triton has no
-public way to ask for the driver that is set, nor Hugging Face's Trainer for how it moves batches and on how many GPUs of
-a process it splits them. Its configs are written with the path that they were read from. The last is of lm_eval's
+public way to ask for the driver that is set, nor Hugging Face's Trainer for how it moves batches and on how many GPUs
+of a process it splits them. Its configs are written with the path that they were read from. The last is of lm_eval's
 keys."""
 
 PUBLIC = ("torch.ops.aten", "ops.aten", "sys")

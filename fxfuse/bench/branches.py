@@ -1,7 +1,6 @@
 """The time of every branch of a model: in the model, as a linear map, and in groups that are one wide FFN.
 
-What a branch takes in the model is what a call takes less without every second one of its kind: it takes more there
-than by itself, because others use the caches too, and the memory that it writes is fresh.
+What a branch takes in the model is what a call takes less without every second one of its kind.
 
 Branches of equal shapes are compiled and measured once by themselves, as a part of the model's own graph
 (:mod:`fxfuse.bench.parts`), and called with the weights of all of them in turn: no cache holds those, as none does when

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import Plan, Recording
+from fxfuse._common.files import write_atomically
 from fxfuse._common.progress import bar
 from fxfuse.backend.frontend import twin
 from fxfuse.bench.prefill_decode import Latency, Program, cache_bytes_per_token, decode, filled_cache, prefill
@@ -156,7 +157,7 @@ def run(loaded: Loaded, folder: Path, target: float, sizes: Sizes, console: Cons
         progress=True,
     )
     search.plan.save(folder / "plan.json")
-    (folder / "search.json").write_text(json.dumps(search.results(), indent=2) + "\n")
+    write_atomically(folder / "search.json", (json.dumps(search.results(), indent=2) + "\n").encode())
     save_report(recording, folder / "report.html", search.plan, load_results(folder / "search.json"))
     console.print(str(search), markup=False, highlight=False)
     console.rule("5  its quality back")

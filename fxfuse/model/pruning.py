@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,6 +39,8 @@ from fxfuse.passes.unit_weights import Part, unit_weights
 from fxfuse.plan import Plan
 
 log = logging.getLogger(__name__)
+
+FactT = TypeVar("FactT")
 
 APART: Any = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 """For torch.compile: graphs of our own neither serve the model's other compilations nor count towards their limit."""
@@ -200,12 +202,36 @@ def _output_maps(model: nn.Module, names: Collection[str], example: Example) -> 
     Raises:
         PlanError: a name is no branch, or no attention.
     """
-    found: dict[str, OutputMap | None] = {}
+    found = _told_by_graphs(model, names, example, lambda gm: output_maps(gm, names))
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def _unit_weights(model: nn.Module, units: Mapping[str, Units], example: Example) -> dict[str, tuple[Part, ...]]:
+    """Of each FFN named what its parameters keep.
+
+    Raises:
+        PlanError: a name is no branch, or no FFN whose units can leave.
+    """
+    return _told_by_graphs(model, units, example, lambda gm: unit_weights(gm, units))
+
+
+def _told_by_graphs(
+    model: nn.Module,
+    names: Collection[str],
+    example: Example,
+    tell: Callable[[fx.GraphModule], tuple[Mapping[str, FactT], Sequence[str]]],
+) -> dict[str, FactT]:
+    """What ``tell`` says of each branch named, from the graph that holds it; it also gives all branches of a graph.
+
+    Raises:
+        PlanError: no graph has a branch of such a name.
+    """
+    found: dict[str, FactT] = {}
     known: list[str] = []
 
     def look(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., object]:
-        maps, branches = output_maps(gm, names)
-        found.update(maps)
+        facts, branches = tell(gm)
+        found.update(facts)
         known.extend(branches)
         return gm.forward
 
@@ -215,31 +241,7 @@ def _output_maps(model: nn.Module, names: Collection[str], example: Example) -> 
     for name in names:
         if name not in found:
             raise PlanError(f"{name!r} is no branch of the model's stream{nearest(name, known)}")
-    return {name: each for name in names if (each := found[name]) is not None}
-
-
-def _unit_weights(model: nn.Module, units: Mapping[str, Units], example: Example) -> dict[str, tuple[Part, ...]]:
-    """Of each FFN named what its parameters keep.
-
-    Raises:
-        PlanError: a name is no branch, or no FFN whose units can leave.
-    """
-    found: dict[str, tuple[Part, ...]] = {}
-    known: list[str] = []
-
-    def look(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., object]:
-        parts, branches = unit_weights(gm, units)
-        found.update(parts)
-        known.extend(branches)
-        return gm.forward
-
-    if not units:
-        return {}
-    _compiled(model, Plan(), look, example)
-    for name in units:
-        if name not in found:
-            raise PlanError(f"{name!r} is no branch of the model's stream{nearest(name, known)}")
-    return found
+    return {name: found[name] for name in names}
 
 
 def _planned_outputs(model: nn.Module, plan: Plan, example: Example) -> list[Tensor]:

@@ -61,8 +61,7 @@ class Effort:
         healed: how many of them, the best, are healed.
         patience: after how many exchanges that better nothing the search ends.
         minutes: after which no new exchange begins; None has no such limit.
-        heal_tokens: how many tokens of each kind of text a plan is healed on here, at least; it takes whole batches. A
-            fit on more text is better, and ranks plans alike.
+        heal_tokens: how many tokens of each kind of text a plan is healed on here, at least; it takes whole batches.
 
     Raises:
         OptionError: a number out of range.

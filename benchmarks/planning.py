@@ -1,13 +1,13 @@
 """Claim: at equal time saved our solver's plan loses no more KL than those of five rules from the literature.
 
-    python benchmarks/planning.py [--targets 0.95,0.9,0.8] [--no-heal] [--costs FILE] [--json FILE]
+    python benchmarks/planning.py [--targets 0.95,0.9,0.8] [--solvers NAME...] [--no-heal] [--costs FILE] [--json FILE]
 
 SmolLM2-135M. Text is split four ways: recorded on, searched on, healed on, and judged on; the last in two kinds, "near"
 (topics of Python's documentation that nothing else has seen) and "far" (licence texts). What branches cost is measured
 for a decode step after ``--context`` tokens, and what a plan saves is their sum, for all solvers alike. Each rule gives
 the first of its plans that saves enough; ours is what ``find_plan`` finds, without healing in its search and, in a row
 of its own, with. All are healed by the same fit on the same text. Whole blocks in parallel save nothing on one device,
-so that rule reaches no target here.
+so that rule reaches no target here. The JSON is written after each row; the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import Plan, Recording
+from fxfuse._common.files import write_atomically
 from fxfuse.bench.timing import Machine
 from fxfuse.data.loading import load
 from fxfuse.data.text import batches_of, docstrings, python_documentation
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--patience", type=int, default=6)
     parser.add_argument("--minutes", type=float, help="after which a search tries nothing new, for each target")
     parser.add_argument("--no-heal", action="store_true")
+    parser.add_argument("--solvers", nargs="+", metavar="NAME", help="these alone, of the names in the table")
     parser.add_argument("--device", help="a GPU whose modelled costs are taken, as h100; nothing is timed then")
     parser.add_argument("--costs", type=Path, help="costs that were measured before; written there if there are none")
     parser.add_argument(
@@ -84,7 +86,7 @@ def main() -> None:
     influence = block_influence(model, recorded, [block for run in block_runs(recording) for block in run])
     ladders: dict[str, Ladder] = {**LADDERS, "ShortGPT": partial(short_gpt, influence=influence)}
     effort = Effort(pool=arguments.pool, patience=arguments.patience, minutes=arguments.minutes)
-    rows: list[dict[str, Any]] = []
+    rows = _made(arguments)
     print(Machine.here())
     print(f"costs: {costs.where}, A/A {costs.apart:.1%}{', void' if costs.void else ''}")
     print(f"{'target':>6} {'solver':24} {'time':>6}  {'unhealed near, far':>18}  {'healed near, far':>18}  plan")
@@ -97,10 +99,13 @@ def main() -> None:
             name: partial(first_within, ladder(recording), lambda plan: costs.of(plan).seconds, most)
             for name, ladder in ladders.items()
         }
-        for name, plan_of in made.items():
-            rows.append(_row(target, name, plan_of(), model, costs, judges, heal_on))
-            if arguments.json:
-                _write(arguments, rows, costs)
+        if unknown := {*(arguments.solvers or ())} - {*made}:
+            parser.error(f"no solver is called {', '.join(sorted(unknown))}; there are {', '.join(made)}")
+        for name in arguments.solvers or made:
+            if not any((row["target"], row["solver"]) == (target, name) for row in rows):
+                rows.append(_row(target, name, made[name](), model, costs, judges, heal_on))
+                if arguments.json:
+                    _write(arguments, rows, costs)
 
 
 def _recording(model: nn.Module, batches: Batches, path: Path, tokens: int) -> Recording:
@@ -171,15 +176,29 @@ def _row(
     return {**found, "plan": json.loads(plan.model_copy(update={"why": ()}).to_json())}
 
 
+def _tokens(arguments: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(arguments, name) for name in ("record", "search", "heal", "judge")}
+
+
+def _made(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that an earlier run has made."""
+    if arguments.json is None or not arguments.json.exists():
+        return []
+    found = json.loads(arguments.json.read_text())
+    if found["tokens"] != _tokens(arguments):
+        raise SystemExit(f"{arguments.json} was made with {found['tokens']} tokens: give these, or another file")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
 def _write(arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]], costs: Costs) -> None:
-    tokens = {name: getattr(arguments, name) for name in ("record", "search", "heal", "judge")}
     found = {
         "machine": str(Machine.here()),
-        "tokens": tokens,
+        "tokens": _tokens(arguments),
         "costs": {"where": costs.where, "apart": costs.apart, "void": costs.void, "context": costs.context},
         "rows": rows,
     }
-    arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_atomically(arguments.json, (json.dumps(found, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

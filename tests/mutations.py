@@ -623,6 +623,20 @@ MUTATIONS = (
         "if True:",
         ("tests/planning/test_costs.py", "-k", "less_without"),
     ),
+    Mutation(
+        "fit a map behind a norm as if no norm followed",
+        "fxfuse/healing/maps.py",
+        "return inputs if self.norm is None else inputs / self.norm.lengths(self._output(values))",
+        "return inputs",
+        ("tests/healing/test_output_norm.py", "-k", "planted or nearer"),
+    ),
+    Mutation(
+        "fit a map behind a norm once",
+        "fxfuse/healing/fit.py",
+        "* (ROUNDS if bent else 1)",
+        "* 1",
+        ("tests/healing/test_output_norm.py", "-k", "planted"),
+    ),
 )
 
 

@@ -56,6 +56,7 @@ class BranchTime:
         cache: bytes of the KV cache that it keeps in this call.
         width: hidden units of an FFN that can be narrowed; 0 of all else.
         unit_parameters: bytes of the weights of one of them.
+        reduction: seconds, of ``seconds``, of the all-reduce of what it adds, in a model that several GPUs share.
     """
 
     name: str
@@ -67,6 +68,7 @@ class BranchTime:
     cache: int
     width: int = 0
     unit_parameters: int = 0
+    reduction: float = 0.0
 
 
 @dataclass(frozen=True)

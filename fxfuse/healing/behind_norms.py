@@ -41,7 +41,8 @@ def steps_behind_norms(
     for stream in find_streams(planned.gm, planned.names):
         for branch in stream.branches:
             (name, direct), *others = linear_maps(branch, weights, constant).items()
-            if others or name not in plan.linear or isinstance(direct, LinearMap):
+            straight = isinstance(direct, LinearMap) and direct.norm is None
+            if others or name not in plan.linear or straight:
                 continue
             out, goal = _product(branch, constant), _product(originals[name], before)
             map_ = None if out is None else linear_map(name, Term(out), weights, constant)

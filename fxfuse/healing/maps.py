@@ -6,6 +6,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxfuse._common.units import Units
@@ -13,6 +14,7 @@ from fxfuse.ffn.projection import projection, turned_of
 from fxfuse.graph.peel import PASSED, Change, layers
 from fxfuse.graph.rerun import Values
 from fxfuse.graph.scale import Scale
+from fxfuse.healing.output_norm import OutputNorm, output_norm
 from fxfuse.packing.expressions import kept_of
 from fxfuse.stream.branch import STAMP, Branch, Term
 
@@ -28,6 +30,7 @@ class LinearMap:
         units: which of the parameter's inputs the map reads, if a plan has narrowed it; ``fan_in`` is their number.
         bias: placeholder of a parameter ``[d]``, or None.
         scale: numbers that multiply the output on its way to the stream.
+        norm: of the output, if one follows: the map's change is then linear at the lengths that its outputs have.
     """
 
     branch: str
@@ -38,10 +41,12 @@ class LinearMap:
     fan_in: int
     scale: Scale
     units: Units | None = None
+    norm: OutputNorm | None = None
 
     @property
     def parameters(self) -> tuple[fx.Node, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+        gain = None if self.norm is None else self.norm.gain
+        return tuple(node for node in (self.weight, self.bias, gain) if node is not None)
 
     def inputs(self, values: Values) -> Tensor:
         """The input as the stream feels it, times the scale: ``[..., fan_in]``, or with a 1 for the bias after it."""
@@ -51,7 +56,13 @@ class LinearMap:
             inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], -1)
         for factor in (self.scale.number, *(values[node] for node in self.scale.nodes)):
             inputs = inputs * factor  # type: ignore[operator]  # a number, or a tensor of one
-        return inputs
+        return inputs if self.norm is None else inputs / self.norm.lengths(self._output(values))
+
+    def _output(self, values: Values) -> Tensor:
+        """``weight @ input + bias``."""
+        input, weight, bias = (None if n is None else values[n] for n in (self.input, self.weight, self.bias))
+        assert isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        return F.linear(input, weight.T if self.transposed else weight, bias)
 
     @property
     def columns(self) -> int:
@@ -60,6 +71,8 @@ class LinearMap:
 
     def changed(self, change: Tensor, values: Values) -> dict[fx.Node, Tensor]:
         """The parameters after ``change``, ``[d, columns]``; of the dtypes that they have."""
+        if self.norm is not None:
+            return self._normed(self.norm, change, values)
         weight, bias = change[:, : self.fan_in], change[:, self.fan_in :]
         made = {self.weight: weight.T if self.transposed else weight}
         if self.bias is not None:
@@ -71,6 +84,19 @@ class LinearMap:
             whole = made[self.weight].new_zeros(old.shape)
             made[self.weight] = whole.index_copy(int(not self.transposed), places, made[self.weight])
         return {node: (old + made[node].to(old)).detach() for node, old in olds.items() if isinstance(old, Tensor)}
+
+    def _normed(self, norm: OutputNorm, change: Tensor, values: Values) -> dict[fx.Node, Tensor]:
+        weight, gain, bias = (None if n is None else values[n] for n in (self.weight, norm.gain, self.bias))
+        assert isinstance(weight, Tensor) and isinstance(gain, Tensor)
+        rows = weight.T if self.transposed else weight
+        if isinstance(bias, Tensor):
+            rows = torch.cat([rows, bias[:, None]], 1)
+        rows, new = norm.changed(rows, gain, change)
+        made = rows[:, : self.fan_in]
+        found = {self.weight: (made.T if self.transposed else made).to(weight), norm.gain: new.to(gain)}
+        if self.bias is not None and isinstance(bias, Tensor):
+            found[self.bias] = rows[:, self.fan_in].to(bias)
+        return {node: value.detach() for node, value in found.items()}
 
 
 def linear_maps(
@@ -114,7 +140,10 @@ def linear_map(name: str, term: Term, weights: Mapping[fx.Node, str], constant: 
     node, scale = term.node, term.scale
     for taken in layers(node, PASSED | Change.ROUND | Change.NUMBER):
         node, scale = taken.source, scale * taken.scale
-    last = projection(node, constant)
+    last, norm = projection(node, constant), None
+    if last is None and (behind := output_norm(node, weights, constant)) is not None:
+        norm, normed, number = behind
+        last, scale = projection(normed, constant), scale * Scale(number)
     if last is None:
         return "its output is not a linear map (a norm or a gain of the output, or a mixture of experts)"
     if last.rows is not None:
@@ -124,10 +153,11 @@ def linear_map(name: str, term: Term, weights: Mapping[fx.Node, str], constant: 
         weight, units = narrowed
         if (turned := turned_of(weight)) is not None:
             weight, transposed = turned, not transposed
-    held = [weight] if last.bias is None else [weight, last.bias]
-    for each in held:
+    for each in (weight, last.bias, None if norm is None else norm.gain):
+        if each is None:
+            continue
         if each not in weights:
             return "its weight is no parameter (a buffer), or computed from others (quantized, or an adapter)"
         if len(each.users) > 1:
             return f"{weights[each]} has other uses"
-    return LinearMap(name, last.input, weight, last.bias, transposed, last.fan_in, scale, units)
+    return LinearMap(name, last.input, weight, last.bias, transposed, last.fan_in, scale, units, norm)

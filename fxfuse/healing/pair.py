@@ -99,10 +99,10 @@ class Pair:
         short = self._short(goal)
         return short - (goal.to(short) - stream.to(short))
 
-    def inputs(self) -> Tensor:
-        """What the step's maps read, side by side: ``[tokens, columns]``."""
-        each = [rows(map_.inputs(self._planned.values), self._counted) for map_ in self.step.maps]
-        return torch.cat(each, -1)
+    def inputs(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the step's maps read, side by side: ``[tokens, columns]``; ``weights`` are some of them as they are."""
+        values = {**self._planned.values, **self._by_node(weights)}
+        return torch.cat([rows(map_.inputs(values), self._counted) for map_ in self.step.maps], -1)
 
     def changed(self, change: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The step's parameters after ``change`` ``[d, columns]``; ``weights`` are some of them as they are now."""

@@ -108,7 +108,9 @@ def map_steps(planned: Captured, targets: Sequence[Target], plan: Plan) -> tuple
     """A step for each sum with maps that can be fitted."""
     steps: list[Step] = []
     for target in targets:
-        maps = tuple(each for each in target.maps.values() if isinstance(each, LinearMap))
+        # A map that takes an attention's place has no rows yet whose lengths a norm behind it could keep.
+        found = [each for each in target.maps.values() if isinstance(each, LinearMap)]
+        maps = tuple(each for each in found if each.norm is None or each.branch not in plan.linear)
         refused = {name: each for name, each in target.maps.items() if isinstance(each, str)}
         weights = {node: planned.names[node] for map_ in maps for node in map_.parameters}
         anew = frozenset(weights[node] for map_ in maps if map_.branch in plan.linear for node in map_.parameters)

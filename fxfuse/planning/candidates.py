@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from fxfuse.measure.recording import BranchRecord, Recording
 from fxfuse.measure.units import narrowed
-from fxfuse.plan import Plan, flat
+from fxfuse.plan import Group, Plan, flat
+from fxfuse.planning.blocks import Block, block_runs
 from fxfuse.planning.costs import Costs, Use
 from fxfuse.planning.groups import runs
 
@@ -37,8 +38,10 @@ def edits(
     """What may be done to the branches that the recorded plan leaves alone, each edit as a plan of its own.
 
     Drops of attentions, FFNs and experts; attentions made linear; FFNs narrowed to the units that are worth most
-    (Puzzle's ranking), where the costs tell what that saves; and intervals: up to ``max_group`` FFNs that follow
-    each other once the attentions between them are gone, if one wide FFN takes less time than they do.
+    (Puzzle's ranking), where the costs tell what that saves; and what stands in parallel, if that takes less time:
+    intervals of up to ``max_group`` FFNs that follow each other once the attentions between them are gone; two layers,
+    attention beside attention and FFN beside FFN (Layer Parallelism, arXiv 2502.02790); and windows of up to
+    ``max_group`` whole blocks (arXiv 2503.18908, appendix B), which save all-reduces.
 
     Args:
         recording: of the model.
@@ -64,7 +67,16 @@ def edits(
                 group = run[start:end]
                 if costs.gain(Plan(parallel=[group])).seconds > 0:
                     made.append(Plan(drop=_between(recording, group), parallel=[group]))
-    return tuple(made)
+    beside = [edit for run in block_runs(recording) for edit in _blocks(run, max_group)]
+    return (*made, *(edit for edit in beside if costs.gain(edit).seconds > 0))
+
+
+def _blocks(run: Sequence[Block], max_group: int) -> Iterator[Plan]:
+    """Two layers beside each other, and windows of whole blocks, of one run of blocks."""
+    for start in range(len(run) - 1):
+        yield Plan(parallel=list(zip(*run[start : start + 2], strict=True)))
+        for end in range(start + 2, min(start + max_group, len(run)) + 1):
+            yield Plan(parallel=[run[start:end]])
 
 
 def candidates(costs: Costs, measured: Mapping[Plan, float]) -> tuple[Candidate, ...]:
@@ -103,7 +115,11 @@ def apart(plan: Plan, recording: Recording) -> tuple[Plan, ...]:
     groups = [group for group in plan.parallel if group not in base.parallel]
     drops = [name for name in plan.drop if name not in base.drop]
     made: list[Plan] = []
-    for group in groups:
+    while groups:
+        group, *groups = groups
+        if groups and _are_layers(recording, group, groups[0]):
+            made.append(Plan(parallel=[group, groups.pop(0)]))
+            continue
         needed = [name for name in _between(recording, flat(group)) if name in drops]
         drops = [name for name in drops if name not in needed]
         made.append(Plan(drop=needed, parallel=[group]))
@@ -111,6 +127,14 @@ def apart(plan: Plan, recording: Recording) -> tuple[Plan, ...]:
     made += [Plan(linear=[name]) for name in plan.linear if name not in base.linear]
     made += [Plan(narrow={name: units}) for name, units in plan.narrow.items() if name not in base.narrow]
     return tuple(made)
+
+
+def _are_layers(recording: Recording, one: Group, other: Group) -> bool:
+    """Whether two groups are the attentions, and the FFNs, of two layers that stand beside each other."""
+    if not len(one) == len(other) == 2:
+        return False
+    pairs = [*zip(one, other, strict=True)]
+    return any(pairs == [*run[start : start + 2]] for run in block_runs(recording) for start in range(len(run)))
 
 
 def _between(recording: Recording, group: tuple[str, ...]) -> list[str]:

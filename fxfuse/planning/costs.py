@@ -94,7 +94,8 @@ class Costs:
         """What ``plan`` saves.
 
         A group of FFNs of one kind saves what was measured of its size; of a larger one, as much for each further
-        member as the last one measured. Other groups save nothing: on one device they compute what they did. A unit
+        member as the last one measured. Other groups, whole blocks among them, save all all-reduces but one of what
+        their members add last; on one device they compute what they did, and save nothing. A unit
         that a narrowed FFN does not keep saves what one more of them adds: the time of two such FFNs as one, less that
         of one alone, over their width; and no more than its share of the FFN's own.
 
@@ -125,10 +126,11 @@ class Costs:
 
     def _saved(self, group: Group) -> float:
         """Seconds that a group saves."""
-        members = [self[member] for member in group if isinstance(member, str)]
-        if len(members) < len(group) or not all(len(member.groups) > 1 for member in members):
-            return 0.0
-        return sum(_saved(member, len(group)) for member in members) / len(members)
+        members = [self[member if isinstance(member, str) else member[-1]] for member in group]
+        wide = all(isinstance(member, str) for member in group) and all(len(member.groups) > 1 for member in members)
+        if wide:
+            return sum(_saved(member, len(group)) for member in members) / len(members)
+        return sum(member.reduction for member in members) * (len(members) - 1) / len(members)
 
     def to_json(self) -> str:
         """All of it, as a JSON object."""

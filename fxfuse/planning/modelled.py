@@ -100,21 +100,23 @@ class _There:
             alone = sequential(layer, 1, self.gpu).seconds
             groups = (alone, *(fused(layer, size, self.gpu).seconds for size in range(2, max_group + 1)))
             unit = cutter.unit_bytes(branch) // item * self._dtype.itemsize
-            return BranchTime(branch.name, alone, None, groups, bytes_, 0, 0, width, unit)
+            return BranchTime(branch.name, alone, None, groups, bytes_, 0, 0, width, unit, self._all_reduce(d))
         per_token = cutter.cache_bytes(branch) / TRACED / item * self._dtype.itemsize
         cache = round(per_token * self._batch * (self._context + (self._phase == "decode")))
         matrices = [held for node in branch.parameters if (held := value(node)) is not None and held.dim() > 1]
         seconds = sum(self._gemm(held) for held in matrices) + self.read(cache / self._tp)
-        seconds += 3 * USUAL.pass_launch + self._all_reduce(d)
+        reduction = self._all_reduce(d)
+        seconds += 3 * USUAL.pass_launch + reduction
         if branch.kind != "attention":
-            return BranchTime(branch.name, seconds, None, (), bytes_, 0, cache)
+            return BranchTime(branch.name, seconds, None, (), bytes_, 0, cache, reduction=reduction)
         widest = max((held.numel() // d for held in matrices), default=0)
         if self._phase == "prefill":  # scores and their product with values, half of them masked
             seconds += (
                 2 * self._tokens * self._context * widest / self._tp / (USUAL.flops * peak(self._dtype, self.gpu))
             )
-        linear = self._gemm_of(d, d) + USUAL.pass_launch + self._all_reduce(d)
-        return BranchTime(branch.name, seconds, linear, (), bytes_, d * d * self._dtype.itemsize, cache)
+        linear = self._gemm_of(d, d) + USUAL.pass_launch + reduction
+        kept = d * d * self._dtype.itemsize
+        return BranchTime(branch.name, seconds, linear, (), bytes_, kept, cache, reduction=reduction)
 
     def read(self, amount: float) -> float:
         """Seconds in which one GPU reads so many bytes."""

@@ -23,6 +23,8 @@ class TestEdits:
             Plan(drop=["a1"], parallel=[["f0", "f1"]]),
             Plan(drop=["a2"], parallel=[["f1", "f2"]]),
             Plan(drop=["a1", "a2"], parallel=[["f0", "f1", "f2"]]),
+            Plan(parallel=[["a0", "a1"], ["f0", "f1"]]),
+            Plan(parallel=[["a1", "a2"], ["f1", "f2"]]),
         }
 
     def test_what_is_no_attention_parts_intervals(self) -> None:
@@ -30,6 +32,14 @@ class TestEdits:
         assert [edit for edit in edits(made, costs_of(made)) if edit.parallel] == [
             Plan(drop=["a1"], parallel=[["f1", "f2"]])
         ]
+
+    def test_whole_blocks_stand_in_parallel_where_all_reduces_cost_time(self) -> None:
+        made = recording("afafaf")
+        blocks = [("a0", "f0"), ("a1", "f1"), ("a2", "f2")]
+        shared = costs_of(made, reduction=0.25)
+        found = [edit for edit in edits(made, shared, max_group=3) if len(edit.names) > 3 and len(edit.parallel) == 1]
+        assert found == [Plan(parallel=[blocks[:2]]), Plan(parallel=[blocks]), Plan(parallel=[blocks[1:]])]
+        assert shared.gain(found[1]) == Use(0.5)
 
     def test_attentions_may_be_made_linear_where_a_map_fits(self) -> None:
         made = recording("afaf")

@@ -44,6 +44,13 @@ class TestModelled:
         assert found.of(Plan(drop=[ATTENTION])).seconds == pytest.approx(found.whole - found[ATTENTION].seconds)
         assert 0 < found.gain(Plan(linear=[ATTENTION])).seconds < found[ATTENTION].seconds
 
+    def test_blocks_in_parallel_save_all_reduces_of_several_gpus(self) -> None:
+        window = Plan(parallel=[[(f"model.layers.{n}.self_attn", f"model.layers.{n}.mlp") for n in (0, 1)]])
+        assert costs().gain(window).seconds == 0
+        found = costs(tp=2)
+        assert found.gain(window).seconds == pytest.approx(found[FFN].reduction)
+        assert 0 < found[FFN].reduction < found[FFN].seconds
+
     def test_nonsense_is_an_error(self) -> None:
         with pytest.raises(KernelError, match="no figures for a GPU 'abacus'"):
             model_costs(llama(1), "abacus")

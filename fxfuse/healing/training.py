@@ -91,6 +91,8 @@ def trainer_arguments(
         "per_device_eval_batch_size": 1,
         "remove_unused_columns": False,
     }
+    if settings.get("fsdp"):
+        settings["fsdp_config"] = _in_one_unit(settings.get("fsdp_config"))
     try:
         probe = TrainingArguments(**settings)
         steps = steps_of(number, stage, text, probe.gradient_accumulation_steps * probe.world_size)
@@ -106,9 +108,20 @@ def trainer_arguments(
         made = TrainingArguments(**settings)
     except (TypeError, ValueError) as error:
         raise OptionError(f"the Trainer refuses its arguments: {error}") from error
+    if made.fsdp and made.world_size == 1:
+        raise OptionError("fsdp shards over several processes, and there is one: start more, as by torchrun")
     if made.n_gpu > 1:
         made._n_gpu = 1  # nn.DataParallel would split batches; several GPUs are several processes
     return made
+
+
+def _in_one_unit(config: object) -> object:
+    """FSDP's settings, with the model as its one unit unless they choose another: where a unit begins, a graph ends."""
+    if config is not None and not isinstance(config, Mapping):
+        return config  # the path of a file
+    given = {str(key).removeprefix("fsdp_"): value for key, value in (config or {}).items()}
+    chosen = given.keys() & {"auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"}
+    return given if chosen else {**given, "auto_wrap_policy": "NO_WRAP"}
 
 
 def same_run(
@@ -209,6 +222,7 @@ class Lesson:
 
         Raises:
             HealError: there was no text for a single step; what the folder holds cannot be read.
+            OptionError: FSDP is asked for where accelerate has none.
         """
         from fxfuse.healing.trainer import Clock, Distiller, Weights
 
@@ -229,6 +243,10 @@ class Lesson:
                 None if self.evaluation is None else dataset(self.evaluation, _as_it_is),
                 [*self.callbacks, Clock(minutes, advance)],
             )
+            if run.fsdp and not trainer.is_fsdp_enabled:
+                raise OptionError(
+                    "fsdp: accelerate shards nothing on CPUs, so each process would train all: leave it out"
+                )
             trainer.train(resume_from_checkpoint=last)
         if not trainer.state.global_step:
             raise HealError(

@@ -24,7 +24,8 @@ def typed(kind: type[T], value: object, what: str = "") -> T:
         ValueError: it is none; the message says where.
     """
     try:
-        return cast(T, _adapter(kind).validate_json(json.dumps(value), strict=True))
+        adapter = _adapter(kind)  # type: ignore[arg-type]  # types can be hashed
+        return cast(T, adapter.validate_json(json.dumps(value), strict=True))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in (what, *first["loc"]))

@@ -163,7 +163,8 @@ def _row(
     if plan is None:
         print(f"{target:6.0%} {name:24} does not reach it", flush=True)
         return {"target": target, "solver": name, "plan": None}
-    before = judged(model, model, plan, judges)
+    # Unhealed, an attention made linear holds no map yet: it is as if it had left.
+    before = judged(model, model, Plan(drop=(*plan.drop, *plan.linear), parallel=plan.parallel), judges)
     after = None
     if heal_on:
         student = copy.deepcopy(model)

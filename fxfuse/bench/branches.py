@@ -12,9 +12,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, fx, nn
 
 from fxfuse._common.bounds import check_count
@@ -58,6 +59,8 @@ class BranchTime:
         unit_parameters: bytes of the weights of one of them.
         reduction: seconds, of ``seconds``, of the all-reduce of what it adds, in a model that several GPUs share.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
     seconds: float

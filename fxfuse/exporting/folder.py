@@ -114,12 +114,22 @@ def write_companions(
 
 
 def format_of(folder: Path) -> str | None:
-    """The format of an export, or None if ``folder`` is none."""
+    """The format of an export, or None if ``folder`` is none.
+
+    Raises:
+        ExportError: what says so is damaged.
+    """
     path = folder / PROVENANCE
     if not path.is_file():
         return None
-    held: dict[str, str] = json.loads(path.read_text())
-    return held.get("format")
+    try:
+        held: object = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{str(path)!r} cannot be read ({error}): export again") from error
+    form = held.get("format") if isinstance(held, dict) else None
+    if not isinstance(form, str):
+        raise ExportError(f"{str(path)!r} does not say which format the export has: export again")
+    return form
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

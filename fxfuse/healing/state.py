@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fxfuse._common.files import write_atomically
+from fxfuse._common.sealed import seal, unseal
+from fxfuse._common.typed import typed
 from fxfuse.errors import FxfuseError, HealError
 from fxfuse.healing.steps import Outcome
 from fxfuse.healing.text import Kind
@@ -62,8 +61,7 @@ class State:
             OSError: it could not be written; the steps before are untouched.
         """
         header = {**self._of, "outcome": asdict(outcome)}
-        tensors = {name: new.contiguous() for name, new in weights.items()}
-        write_atomically(self._file(len(self.outcomes)), save(tensors, {FORMAT: json.dumps(header)}))
+        write_atomically(self._file(len(self.outcomes)), seal(FORMAT, header, weights))
         self.outcomes.append(outcome)
         self.weights.append(dict(weights))
 
@@ -73,18 +71,17 @@ class State:
     def _load(self, path: Path) -> None:
         again = f"remove {str(self.path)!r} to heal from the start, or give another folder"
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-                if header is None:
-                    raise HealError(f"{str(path)!r} is no state of a healing: give another folder")
-                for what, own in self._of.items():
-                    if header[what] != own:
-                        raise HealError(f"{str(path)!r} is the state of a healing with another {what}: {again}")
-                given = header["outcome"]
-                self.outcomes.append(Outcome(**given | {key: tuple(given[key]) for key in ("branches", "tokens")}))
-                self.weights.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            if (found := unseal(path, FORMAT)) is None:
+                raise HealError(f"{str(path)!r} is no state of a healing: give another folder")
+            header, weights = found
+            for what, own in self._of.items():
+                if header[what] != own:
+                    raise HealError(f"{str(path)!r} is the state of a healing with another {what}: {again}")
+            outcome = typed(Outcome, header["outcome"], "outcome")
+        except (OSError, KeyError, ValueError) as error:
             raise HealError(f"the state {str(path)!r} cannot be read ({error}): {again}") from error
+        self.outcomes.append(outcome)
+        self.weights.append(weights)
 
 
 def digest_text(text: Sequence[Kind]) -> str:

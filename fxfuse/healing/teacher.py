@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxfuse._common.files import write_atomically
+from fxfuse._common.sealed import seal, unseal
 from fxfuse.data.batches import Batch, call, eval_mode, fresh, logits_of
 from fxfuse.errors import HealError
 from fxfuse.healing.stages import WEIGHT
@@ -144,15 +142,13 @@ class TopK:
         """
         path = self._file(batch)
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-                said = {name: file.get_tensor(name) for name in (LIKELIEST, TOKENS)}
-        except (OSError, SafetensorError, ValueError) as error:
+            header, said = unseal(path, FORMAT) or ({}, {})
+        except (OSError, ValueError) as error:
             raise HealError(
                 f"{str(path)!r} cannot be read ({error}): remove it, and the teacher is asked again; the batches must "
                 "be the same each time they are read"
             ) from error
-        if header != self._header:
+        if header != self._header or said.keys() != {LIKELIEST, TOKENS}:
             raise HealError(f"{str(path)!r} holds what another teacher said: remove it, or give another folder")
         return {**batch, **said}
 
@@ -173,4 +169,4 @@ class TopK:
             LIKELIEST: torch.stack([each.values for each in found]).cpu(),
             TOKENS: torch.stack([each.indices for each in found]).to(torch.int32).cpu(),
         }
-        return save(tensors, {FORMAT: json.dumps(self._header)})
+        return seal(FORMAT, self._header, tensors)

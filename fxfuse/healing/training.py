@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from fxfuse._common.files import write_atomically
 from fxfuse._common.progress import bar
+from fxfuse._common.sealed import seal, unseal
+from fxfuse._common.typed import typed
 from fxfuse.data.batches import Batch
 from fxfuse.errors import HealError, OptionError
 from fxfuse.healing.stages import FOREVER, Stage, Text, dataset, steps_of
@@ -91,6 +91,8 @@ def trainer_arguments(
         "per_device_eval_batch_size": 1,
         "remove_unused_columns": False,
     }
+    if settings.get("fsdp"):
+        settings["fsdp_config"] = _in_one_unit(settings.get("fsdp_config"))
     try:
         probe = TrainingArguments(**settings)
         steps = steps_of(number, stage, text, probe.gradient_accumulation_steps * probe.world_size)
@@ -106,9 +108,20 @@ def trainer_arguments(
         made = TrainingArguments(**settings)
     except (TypeError, ValueError) as error:
         raise OptionError(f"the Trainer refuses its arguments: {error}") from error
+    if made.fsdp and made.world_size == 1:
+        raise OptionError("fsdp shards over several processes, and there is one: start more, as by torchrun")
     if made.n_gpu > 1:
         made._n_gpu = 1  # nn.DataParallel would split batches; several GPUs are several processes
     return made
+
+
+def _in_one_unit(config: object) -> object:
+    """FSDP's settings, with the model as its one unit unless they choose another: where a unit begins, a graph ends."""
+    if config is not None and not isinstance(config, Mapping):
+        return config  # the path of a file
+    given = {str(key).removeprefix("fsdp_"): value for key, value in (config or {}).items()}
+    chosen = given.keys() & {"auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"}
+    return given if chosen else {**given, "auto_wrap_policy": "NO_WRAP"}
 
 
 def same_run(
@@ -136,12 +149,14 @@ def same_run(
     own = json.loads(json.dumps(own, default=str))
     path = folder / "run.json"
     try:
-        known = json.loads(path.read_text()) if path.exists() else None
+        known: object = json.loads(path.read_text()) if path.exists() else None
+        if not isinstance(known, dict | None):
+            raise ValueError(f"{path.name} holds a {type(known).__name__}")
         runs[0].distributed_state.wait_for_everyone()
         if known is None and runs[0].process_index == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(own, indent=2).encode())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HealError(f"{str(folder)!r} cannot hold checkpoints ({error}): give another folder") from error
     for what in own:
         if known is not None and known.get(what) != own[what]:
@@ -207,6 +222,7 @@ class Lesson:
 
         Raises:
             HealError: there was no text for a single step; what the folder holds cannot be read.
+            OptionError: FSDP is asked for where accelerate has none.
         """
         from fxfuse.healing.trainer import Clock, Distiller, Weights
 
@@ -227,6 +243,10 @@ class Lesson:
                 None if self.evaluation is None else dataset(self.evaluation, _as_it_is),
                 [*self.callbacks, Clock(minutes, advance)],
             )
+            if run.fsdp and not trainer.is_fsdp_enabled:
+                raise OptionError(
+                    "fsdp: accelerate shards nothing on CPUs, so each process would train all: leave it out"
+                )
             trainer.train(resume_from_checkpoint=last)
         if not trainer.state.global_step:
             raise HealError(
@@ -236,10 +256,9 @@ class Lesson:
         losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
         made = StageRun(trainer.state.global_step, losses)
         if keep:
-            tensors = {name: value.contiguous() for name, value in self._trained().items()}
+            tensors = self._trained()
             if run.process_index == 0:
-                header = json.dumps({"steps": made.steps, "losses": made.losses})
-                write_atomically(folder / "done.safetensors", save(tensors, {FORMAT: header}))
+                write_atomically(folder / "done.safetensors", seal(FORMAT, asdict(made), tensors))
         return made
 
     def _trained(self) -> dict[str, torch.Tensor]:
@@ -249,14 +268,18 @@ class Lesson:
     def _done(self, path: Path) -> StageRun:
         """What a stage that has ended came to; the student gets its weights."""
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})[FORMAT])
-                for name, parameter in self.student.named_parameters():
-                    if parameter.requires_grad:
-                        parameter.copy_(file.get_tensor(name))
-            return StageRun(header["steps"], tuple(header["losses"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if (found := unseal(path, FORMAT)) is None:
+                raise ValueError("it is another file of tensors")
+            made = typed(StageRun, found[0])
+            trained = {name: each for name, each in self.student.named_parameters() if each.requires_grad}
+            shapes = {name: each.shape for name, each in found[1].items()}
+            if shapes != {name: each.shape for name, each in trained.items()}:
+                raise ValueError("it has other parameters than are trained")
+        except (OSError, ValueError) as error:
             raise HealError(f"{str(path)!r} cannot be read ({error}): remove it to train that stage again") from error
+        for name, parameter in trained.items():
+            parameter.copy_(found[1][name])
+        return made
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -272,7 +295,7 @@ def _last_checkpoint(folder: Path, end: int) -> tuple[str | None, int]:
     for path in folder.glob("checkpoint-*"):
         try:
             found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     before = [each for each in found if each[0] < end]
     if not before:

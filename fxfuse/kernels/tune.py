@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fxfuse._common.typed import typed
 from fxfuse.errors import KernelError
 from fxfuse.hardware.configs import COUNTERS, LOOP_ROWS, Config, Gemm, candidates
 from fxfuse.hardware.gpus import Gpu
@@ -126,10 +127,10 @@ def _known(gpu: Gpu) -> Mapping[str, Config]:
 
 def _read(path: Path) -> dict[str, Config]:
     try:
-        return {key: Config(**fields) for key, fields in json.loads(path.read_text()).items()}
+        return typed(dict[str, Config], json.loads(path.read_text()))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise KernelError(f"{path} is no file of measured configs ({error}); delete it to measure again") from error
 
 

@@ -73,6 +73,22 @@ class Measurements:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tally)}
 
+    def check(self) -> None:
+        """See that the numbers are of these branches and groups.
+
+        Raises:
+            ValueError: a tally has another size or other dtypes than :meth:`of` gives it, or units are of no branch.
+        """
+        fresh = Measurements.of(self.places, self.windows).tallies
+        for name, tally in self.tallies.items():
+            wanted = {key: (each.shape, each.dtype) for key, each in fresh[name].state().items()}
+            if {key: (each.shape, each.dtype) for key, each in tally.state().items()} != wanted:
+                raise ValueError(f"{name} is of other branches")
+        widths = {place.name: ((place.width,), torch.float64) for place in self.places}
+        for name, sums in self.units.items():
+            if widths.get(name) != (tuple(sums.shape), sums.dtype):
+                raise ValueError(f"the units of {name!r} are of another branch")
+
     def recording(self, plan: Plan, model: Mapping[str, str]) -> Recording:
         """What a file holds of it: ``plan`` was in force, and ``model`` is the digest of what was recorded.
 

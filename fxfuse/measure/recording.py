@@ -13,14 +13,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from fxfuse._common.files import write_atomically
+from fxfuse._common.sealed import seal, unseal
+from fxfuse._common.typed import typed
 from fxfuse._torch.compiled import original
 from fxfuse.errors import PlanError, RecordError, nearest
 from fxfuse.plan import Plan
@@ -50,6 +51,8 @@ class BranchRecord:
         reason: why it can not, if it can not.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     name: str
     kind: Kind
     stream: int
@@ -70,6 +73,8 @@ class GroupRecord:
             same with the group parallel.
         kl: nats per token, of the original's next-token distribution from the changed one's; NaN without logits.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     branches: tuple[str, ...]
     mean: float
@@ -187,9 +192,8 @@ class Recording:
             "model": dict(self.model),
             "made": dict(self.made),
         }
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        tensors |= {_UNITS + name: each.contiguous() for name, each in self.units.items()}
-        return save(tensors, {FORMAT: json.dumps(header, sort_keys=True)})  # one entry: their order is not defined
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return seal(FORMAT, header, tensors | {_UNITS + name: each for name, each in self.units.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically."""
@@ -200,33 +204,34 @@ class Recording:
         """Read what :meth:`save` wrote.
 
         Raises:
-            RecordError: no such file, a truncated one, another format, or a newer version.
+            RecordError: no such file, a truncated or damaged one, another format, or a newer version.
         """
         shown = repr(os.fspath(path))
         if not Path(path).is_file():
             raise RecordError(f"there is no recording {shown}")
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        except (OSError, SafetensorError) as error:
+            found = unseal(path, FORMAT)
+        except (OSError, ValueError) as error:
             raise RecordError(f"recording {shown} cannot be read ({error}); was it cut short? Record again") from error
-        if FORMAT not in metadata:
+        if found is None:
             raise RecordError(f"{shown} is a safetensors file but no recording of fxfuse")
+        header, tensors = found
         try:
-            header = json.loads(metadata[FORMAT])
             if header["version"] != VERSION:
                 raise RecordError(
                     f"recording {shown} has version {header['version']!r}; this library reads {VERSION}: record again"
                 )
-            plan = Plan(**header["plan"])
-            branches = tuple(BranchRecord(**branch) for branch in header["branches"])
-            groups = tuple(GroupRecord(**{**g, "branches": tuple(g["branches"])}) for g in header["groups"])
-            made = cls(branches=branches, groups=groups, tokens=int(header["tokens"]), plan=plan,
-                       units={key[len(_UNITS):]: each for key, each in tensors.items() if key.startswith(_UNITS)},
-                       model=header["model"], made=_texts(header.get("made", {})),
-                       **{name: tensors[name] for name in _TENSORS})  # fmt: skip
-        except (KeyError, TypeError, ValueError, PlanError) as error:
+            made = cls(
+                branches=typed(tuple[BranchRecord, ...], header["branches"], "branches"),
+                groups=typed(tuple[GroupRecord, ...], header["groups"], "groups"),
+                tokens=typed(int, header["tokens"], "tokens"),
+                units={key[len(_UNITS) :]: each for key, each in tensors.items() if key.startswith(_UNITS)},
+                plan=Plan.from_json(json.dumps(header["plan"]), source=f"of {shown}"),
+                model=typed(dict[str, str], header["model"], "model"),
+                made=_texts(header.get("made", {})),
+                **{name: tensors[name] for name in _TENSORS},
+            )
+        except (KeyError, ValueError, PlanError) as error:
             raise RecordError(
                 f"recording {shown} is damaged ({type(error).__name__}: {error}); record again"
             ) from error
@@ -239,8 +244,11 @@ class Recording:
         wrong = [name for name in _TENSORS if tuple(getattr(self, name).shape) != shapes[name]]
         widths = {branch.name: (branch.width,) for branch in self.branches}
         wrong += [f"units of {name}" for name, each in self.units.items() if tuple(each.shape) != widths.get(name)]
-        if wrong or any(branch.kind not in get_args(Kind) for branch in self.branches):
-            raise RecordError(f"recording {shown} is damaged: {', '.join(wrong) or 'kinds'} do not fit; record again")
+        floats = [*(getattr(self, name) for name in _TENSORS), *self.units.values()]
+        if wrong or any(each.dtype != torch.float32 for each in floats):
+            raise RecordError(f"recording {shown} is damaged: {', '.join(wrong) or 'dtypes'} do not fit; record again")
+        if unknown := {name for group in self.groups for name in group.branches} - widths.keys():
+            raise RecordError(f"recording {shown} is damaged: it has no branch {min(unknown)!r}; record again")
 
 
 def _texts(value: object) -> dict[str, str]:

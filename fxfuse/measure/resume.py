@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fxfuse._common.files import check_writable, write_atomically
+from fxfuse._common.sealed import seal, unseal
+from fxfuse._common.typed import typed
 from fxfuse._torch.pytree import tree_leaves
 from fxfuse.errors import RecordError
 from fxfuse.measure.measurements import Measurements
@@ -48,29 +47,28 @@ class State:
             return None
         again = "remove it to record from the start, or give another file"
         try:
-            with safe_open(self.path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            if FORMAT not in metadata:
+            if (found := unseal(self.path, FORMAT)) is None:
                 raise RecordError(f"{str(self.path)!r} is no state of a recording: give another file")
-            header = json.loads(metadata[FORMAT])
+            header, tensors = found
             for what, own in self._of.items():
                 if header[what] != own:
                     raise RecordError(f"{str(self.path)!r} is the state of a recording with another {what}: {again}")
-            self._batches, self._counts = header["batches"], header["counts"]
+            self._batches = typed(list[str], header["batches"], "batches")
+            self._counts = typed(list[int], header["counts"], "counts")
             states: dict[str, dict[str, Tensor]] = defaultdict(dict)
             for key, tensor in tensors.items():
                 name, _, part = key.partition(".")
                 states[name][part] = tensor
             measured = Measurements(
-                places=tuple(BranchRecord(**branch) for branch in header["branches"]),
-                windows=tuple(tuple(names) for names in header["windows"]),
+                places=typed(tuple[BranchRecord, ...], header["branches"], "branches"),
+                windows=typed(tuple[tuple[str, ...], ...], header["windows"], "windows"),
                 tokens=sum(self._counts),
                 batches=len(self._batches),
                 units=states.pop(_UNITS, {}),
                 **{name: Tally.of(state) for name, state in states.items()},
             )
-        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            measured.check()
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise RecordError(f"the state {str(self.path)!r} cannot be read ({error}): {again}") from error
         if max_tokens is not None and sum(self._counts[:-1]) >= max_tokens:
             raise RecordError(
@@ -99,7 +97,7 @@ class State:
         """Write the state after one more batch."""
         self._batches.append(digest)
         self._counts.append(measured.tokens - sum(self._counts))
-        header = {
+        header: dict[str, object] = {
             **self._of,
             "batches": self._batches,
             "counts": self._counts,
@@ -108,7 +106,7 @@ class State:
         }
         tensors = {f"{n}.{key}": t for n, tally in measured.tallies.items() for key, t in tally.state().items()}
         tensors |= {f"{_UNITS}.{name}": sums for name, sums in measured.units.items()}
-        write_atomically(self.path, save(tensors, {FORMAT: json.dumps(header)}))
+        write_atomically(self.path, seal(FORMAT, header, tensors))
 
 
 def digest_batch(batch: Mapping[str, object]) -> str:

@@ -12,7 +12,8 @@ from torch import nn
 
 from fxfuse._common.units import Narrowed
 from fxfuse.errors import LoadError
-from fxfuse.model.healed import ENTRY, maps_of, narrowed_by, unchecked
+from fxfuse.model.healed import maps_of, unchecked
+from fxfuse.model.mark import ENTRY, read_mark
 from fxfuse.model.pruning import prune_until
 from fxfuse.model.stand_ins import OWN_MAP
 from fxfuse.plan import Plan
@@ -22,7 +23,7 @@ def narrowed_at(folder: Path) -> Narrowed:
     """The FFNs of a checkpoint that have fewer units than its config says, and the units that they kept."""
     config: object = json.loads((folder / "config.json").read_text())
     entry = config.get(ENTRY) if isinstance(config, dict) else None
-    return narrowed_by(entry).narrow if isinstance(entry, dict) else Narrowed()
+    return Narrowed() if entry is None else read_mark(entry).narrow.narrow
 
 
 @torch.no_grad()

@@ -10,11 +10,10 @@ weights. A home-made model has no such config: there it is a buffer, which goes 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +21,13 @@ from torch import Tensor, nn
 from fxfuse._torch.compiled import original
 from fxfuse.errors import PlanError
 from fxfuse.graph.values import unwrapped
+from fxfuse.model.mark import ENTRY, Mark, read_mark
 from fxfuse.model.narrowing import narrowed_in
 from fxfuse.model.stand_ins import has_own_map
 from fxfuse.plan import Plan
 
-ENTRY = "fxfuse"
-"""The entry of a config: ``{"plan": ..., "healed": ...}``; ``"maps"``, attentions with linear maps of their own; and
-``"narrowed"``, FFNs of which some units have left the weights."""
-
 BUFFER = "fxfuse_healed_for"
 """The buffer of a module without a config: the plan's JSON, uint8."""
-
-_Entry: TypeAlias = Mapping[str, object]
 
 
 @runtime_checkable
@@ -83,9 +77,9 @@ def healed_for(model: nn.Module | Mapping[str, Tensor]) -> Plan | None:
         PlanError: there is a mark that is no plan.
     """
     if isinstance(model, nn.Module):
-        entry = _read(model)
-        if entry is not None and entry.get("healed") is True:
-            return _plan_in(entry)
+        mark = _read(model)
+        if mark is not None and mark.healed:
+            return mark.plan
         buffer: object = getattr(_bare(model), BUFFER, None)
     else:
         buffer = model.get(BUFFER)
@@ -110,25 +104,14 @@ def kept(model: nn.Module) -> Plan | None:
     Raises:
         PlanError: there is a mark that is no plan.
     """
-    entry = _read(model)
-    return healed_for(model) if entry is None else _plan_in(entry)
+    mark = _read(model)
+    return healed_for(model) if mark is None else mark.plan
 
 
 def maps_of(model: nn.Module) -> tuple[str, ...]:
     """The attentions that had a linear map of their own when the model was marked, by its mark."""
-    return _listed(_read(model) or {}, "maps")
-
-
-def narrowed_by(entry: Mapping[str, object]) -> Plan:
-    """What a mark says of FFNs whose weights are narrowed: a plan of nothing else, empty for most."""
-    names = _listed(entry, "narrowed")
-    plan = _plan_in(entry) if names else Plan()
-    return Plan(narrow={name: plan.narrow[name] for name in names if name in plan.narrow})
-
-
-def _listed(entry: _Entry, key: str) -> tuple[str, ...]:
-    named = entry.get(key, ())
-    return tuple(map(str, named)) if isinstance(named, list | tuple) else ()
+    mark = _read(model)
+    return () if mark is None else mark.maps
 
 
 def check(model: nn.Module, plan: Plan) -> None:
@@ -180,9 +163,9 @@ def _config(model: nn.Module) -> _Config | None:
     return config if isinstance(config, _Config) and not isinstance(config, type) else None
 
 
-def _read(model: nn.Module) -> _Entry | None:
+def _read(model: nn.Module) -> Mark | None:
     entry: object = getattr(_config(model), ENTRY, None)
-    return entry if isinstance(entry, Mapping) else None
+    return None if entry is None else read_mark(entry)
 
 
 def _write(model: nn.Module, plan: Plan, healed: bool) -> None:
@@ -190,20 +173,14 @@ def _write(model: nn.Module, plan: Plan, healed: bool) -> None:
     old = _config(model)
     new = copy.copy(old)
     if plan:
-        entry = {"plan": json.loads(plan.model_copy(update={"why": ()}).to_json()), "healed": healed}
-        maps = [name for name, module in _bare(model).named_modules() if has_own_map(module)]
-        narrowed = list(narrowed_in(_bare(model)))
-        lacks = ({"maps": maps} if maps else {}) | ({"narrowed": narrowed} if narrowed else {})
-        setattr(new, ENTRY, entry | lacks)
+        maps = tuple(name for name, module in _bare(model).named_modules() if has_own_map(module))
+        narrowed = tuple(name for name in narrowed_in(_bare(model)) if name in plan.narrow)
+        setattr(new, ENTRY, Mark(plan, healed, maps, narrowed).entry())
     else:
         vars(new).pop(ENTRY, None)
     for module in _bare(model).modules():
         if vars(module).get("config") is old:
             module.config = new  # type: ignore[assignment]  # torch types the attributes of modules as tensors
-
-
-def _plan_in(entry: _Entry) -> Plan:
-    return Plan.from_json(json.dumps(entry.get("plan")), source=f"the entry {ENTRY!r} of the model's config")
 
 
 def _same(one: Plan, other: Plan) -> bool:

@@ -11,10 +11,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from fxfuse._common.files import write_atomically
+from fxfuse._common.typed import typed
 from fxfuse._torch.compiled import original
 from fxfuse.bench.branches import BranchTime, Phase, time_branches
 from fxfuse.bench.timing import A_A_LIMIT, Machine
@@ -58,6 +61,8 @@ class Costs:
         apart: relative difference of two copies of one program that took turns; 0 of modelled costs.
         modelled: whether nothing was measured.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     whole: float
     memory: int
@@ -148,10 +153,8 @@ class Costs:
             RecordError: there is no such file, or it holds something else.
         """
         try:
-            data = json.loads(Path(path).read_text())
-            branches = tuple(BranchTime(**{**each, "groups": tuple(each["groups"])}) for each in data["branches"])
-            return cls(**{**data, "branches": branches})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return typed(cls, json.loads(Path(path).read_text()))
+        except (OSError, ValueError, RecursionError) as error:
             raise RecordError(f"{os.fspath(path)!r} holds no costs ({error}): measure them again") from error
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from fxfuse._common.files import check_writable, write_atomically
+from fxfuse._common.sealed import seal, unseal
+from fxfuse._common.typed import typed
 from fxfuse.data.batches import Batch
 from fxfuse.errors import PlanError, RecordError
 from fxfuse.measure.resume import digest_batch
@@ -67,18 +67,22 @@ class State:
     def _load(self, path: Path) -> None:
         again = "remove it to search from the start, or give another file"
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})[FORMAT])
-                vectors = file.get_tensor("vectors")
-            edits = {Plan(**edit): float(kl) for edit, kl in header["edits"]}
-            kl = {str(key): float(value) for key, value in header["kl"].items()}
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, PlanError) as error:
+            if (found := unseal(path, FORMAT)) is None:
+                raise ValueError("it is another file of tensors")
+            header, vectors = found[0], found[1]["vectors"]
+            of, text = typed(str, header["of"], "of"), typed(str, header["text"], "text")
+            listed = typed(list[tuple[dict[str, object], float]], header["edits"], "edits")
+            edits = {Plan.from_json(json.dumps(edit), source="of an edit"): kl for edit, kl in listed}
+            kl = typed(dict[str, float], header["kl"], "kl")
+            if len(edits) != len(listed) or vectors.dim() != 2 or len(vectors) != len(edits):
+                raise ValueError("its edits are not those of its tensor")
+        except (OSError, KeyError, ValueError, PlanError) as error:
             raise RecordError(f"{str(path)!r} is no state of a search ({error}): {again}") from error
-        if header["of"] != self._of:
+        if of != self._of:
             raise RecordError(f"{str(path)!r} is the state of a search with another model, or other text: {again}")
         self.kl = kl
-        self._text = self._text or header["text"]
-        rows = [row for row, edit in enumerate(edits) if not edit.linear or header["text"] == self._text]
+        self._text = self._text or text
+        rows = [row for row, edit in enumerate(edits) if not edit.linear or text == self._text]
         known = list(edits.items())
         self.changes = Changes(dict(known[row] for row in rows), vectors[rows]) if rows else Changes.empty()
 
@@ -100,7 +104,7 @@ class State:
         if self._path is None or time.monotonic() - self._written < every:
             return
         edits = [(json.loads(edit.to_json()), kl) for edit, kl in self.changes.kl.items()]
-        header = json.dumps({"of": self._of, "text": self._text, "edits": edits, "kl": self.kl})
-        vectors = self.changes.vectors.contiguous() if self.changes.kl else torch.zeros(0, 0, dtype=torch.float16)
-        write_atomically(self._path, save({"vectors": vectors}, {FORMAT: header}))
+        header = {"of": self._of, "text": self._text, "edits": edits, "kl": self.kl}
+        vectors = self.changes.vectors if self.changes.kl else torch.zeros(0, 0, dtype=torch.float16)
+        write_atomically(self._path, seal(FORMAT, header, {"vectors": vectors}))
         self._written = time.monotonic()

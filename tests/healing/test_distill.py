@@ -290,6 +290,7 @@ class TestErrors:
             (sentences(3), {"lr": -1.0}, OptionError, "lr"),
             (sentences(3), {"max_steps": 3}, OptionError, "give steps"),
             (sentences(3), {"stepz": 3}, OptionError, "stepz"),
+            (sentences(3), {"fsdp": True}, OptionError, "there is one: start more, as by torchrun"),
             (None, {}, OptionError, "either batches, or stages"),
             (None, {"stages": [Stage(sentences(3))], "steps": 3}, OptionError, "budget of its own"),
             (sentences(3), {"plan": Plan()}, HealError, "empty"),

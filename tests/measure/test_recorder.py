@@ -511,6 +511,7 @@ def test_a_recording_of_an_older_version_says_nothing_and_a_damaged_one_is_an_er
         header = json.loads(file.metadata()["fxfuse-recording"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     header["made"] = made
+    del header["sha256"]
     if made is None:
         del header["made"]
     save_file(tensors, tmp_path / "other", {"fxfuse-recording": json.dumps(header)})

@@ -43,6 +43,10 @@ class Stack(nn.Module):
 HOME_MADE = Plan(drop=["ffns.1"])
 
 
+def _json(plan: Plan) -> Any:
+    return json.loads(plan.to_json())
+
+
 def compiled(model: nn.Module, plan: Plan | None) -> Any:
     options: Any = {"inner": "eager"} | ({} if plan is None else {"plan": plan})
     return torch.compile(model, backend="ffnfuse", options=options)
@@ -59,12 +63,9 @@ def test_a_mark_changes_nothing_but_the_config(healed: LlamaForCausalLM) -> None
     original = llama()
 
     assert healed.state_dict().keys() == original.state_dict().keys()
-    assert healed.config.to_dict() == original.config.to_dict() | {"fxfuse": {"plan": _json(PLAN), "healed": True}}
+    entry = {"plan": _json(PLAN), "digest": PLAN.digest, "healed": True}
+    assert healed.config.to_dict() == original.config.to_dict() | {"fxfuse": entry}
     torch.testing.assert_close(healed(tokens()).logits, original(tokens()).logits, rtol=0, atol=0)
-
-
-def _json(plan: Plan) -> Any:
-    return json.loads(plan.to_json())
 
 
 def test_the_plan_survives_save_and_load(healed: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -165,11 +166,33 @@ def test_a_model_is_healed_for_one_plan_and_not_for_an_empty_one(healed: LlamaFo
     assert healed_for(healed) == PLAN
 
 
-def test_a_broken_mark_is_said(healed: LlamaForCausalLM) -> None:
-    healed.config.fxfuse = {"plan": {"dorp": []}, "healed": True}  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"plan": {"dorp": []}, "healed": True}, "dorp"),
+        ({"plan": _json(PLAN), "healed": "true"}, "healed: Input should be a valid boolean"),
+        (
+            {"plan": _json(PLAN), "healed": True, "maps": "model.layers.1.self_attn"},
+            "maps: Input should be a valid array",
+        ),
+        ({"plan": _json(PLAN), "healed": True, "narrowed": ["model.layers.1.mlp"]}, "another plan than was written"),
+        ({"plan": _json(PLAN), "healed": True, "digest": OTHER.digest}, "another plan than was written"),
+        ({"plan": _json(PLAN), "healed": True, "more": 1}, "more: Unexpected"),
+        (["plan"], "is not what fxfuse writes there"),
+        (object(), "is not what fxfuse writes there"),
+    ],
+)
+def test_a_broken_mark_is_said(healed: LlamaForCausalLM, entry: object, words: str) -> None:
+    healed.config.fxfuse = entry  # type: ignore[attr-defined]
 
-    with pytest.raises(PlanError, match="'fxfuse' of the model's config.*dorp"):
+    with pytest.raises(PlanError, match=f"'fxfuse' of the model's config.*{words}"):
         healed_for(healed)
+
+
+def test_a_mark_from_before_there_was_a_digest_is_read(healed: LlamaForCausalLM) -> None:
+    healed.config.fxfuse = {"plan": _json(PLAN), "healed": True}  # type: ignore[attr-defined]
+
+    assert healed_for(healed) == PLAN
 
 
 class TestApplied:

@@ -41,7 +41,7 @@ def test_json_has_the_original_twice_and_the_export(
     for phase in told["phases"]:
         assert list(phase["programs"]) == ["original", "original again", "export"]
         assert all(len(program["seconds"]) == 3 for program in phase["programs"].values())
-    assert told["requests"] == {"batch": 2, "length": 8, "tokens": 2}
+    assert told["requests"] == {"batch": 2, "length": 8, "tokens": 2, "stretches": 1}
     assert set(told["engines"].values()) == {"vLLM 1, auto eager, auto"}
     void = any(phase["void"] for phase in told["phases"])
     assert (code, "void" in err) == (int(void), void)

@@ -72,11 +72,26 @@ class Served:
     holds: int
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What an engine says to a request.
+
+    Attributes:
+        tokens: that were made after each prompt so far, chosen greedily; those that were read first have some more.
+        seconds: that the request took, and nothing of the way to the process and back.
+        busy: CPU seconds of the process meanwhile.
+    """
+
+    tokens: Sequence[Sequence[int]]
+    seconds: float
+    busy: float
+
+
 class Engine:
-    """Answers requests; the process sleeps in between. ``busy`` are its CPU seconds in them so far."""
+    """Answers requests; the process sleeps in between."""
 
     def __init__(self, name: str, model: Path, process: subprocess.Popen[str], log: Path) -> None:
-        self._name, self._model, self._process, self._log, self.busy = name, model, process, log, 0.0
+        self._name, self._model, self._process, self._log = name, model, process, log
         told = self._answer()
         if "missing" in told:
             raise MissingDependencyError(
@@ -88,25 +103,41 @@ class Engine:
         self.served = Served(told["description"], told["vocabulary"], told["holds"])
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """The tokens that follow each prompt, chosen greedily.
+        """The tokens that follow each prompt, chosen greedily: at least one.
 
         Raises:
             EngineError: the engine has failed, and ended.
         """
-        return self._ask({"prompts": prompts, "tokens": tokens})
+        made = self.begin(prompts).tokens
+        if tokens > 1:
+            made = self.go_on(tokens - 1).tokens
+        return [list(each[:tokens]) for each in made]
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Answer:
+        """Read prompts, in place of those before, until each has a first token.
+
+        Raises:
+            EngineError: the engine has failed, and ended.
+        """
+        return self._ask({"begin": prompts})
+
+    def go_on(self, tokens: int) -> Answer:
+        """Make so many tokens more after each prompt.
+
+        Raises:
+            EngineError: the engine has failed, and ended; or a sequence has no room for them.
+        """
+        return self._ask({"go_on": tokens})
 
     def write_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
         """Write to a .npy file the logits after each token of the prompts. llama.cpp alone can."""
-        self._ask({"prompts": prompts, "logits": str(path)})
+        self._ask({"begin": prompts, "logits": str(path)})
 
-    def _ask(self, request: Mapping[str, object]) -> list[list[int]]:
+    def _ask(self, request: Mapping[str, object]) -> Answer:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, and `_answer` says so
             print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = self._answer()
-        self.busy += answer["busy"]
-        made: list[list[int]] = answer["tokens"]
-        return made
+        return Answer(**self._answer())
 
     def _answer(self) -> dict[str, Any]:
         """The next line of the process."""

@@ -68,8 +68,10 @@ def test_the_code_of_transformers_computes_the_original_too_if_it_does_the_expor
         (["--engine", "vllm", "--export", "x", "--inner", "eager"], 2, "of torch.compile"),
         (["--engine", "tgi", "--export", "x"], 1, "unknown engine 'tgi'"),
         (["--engine", "llama.cpp", "--export", "x", "--compiled"], 1, "vLLM's: llama.cpp knows none"),
-        (["--engine", "llama.cpp", "--export", "x"], 1, "no GGUF file"),
-        (["--engine", "vllm", "--export", "x"], 1, "'x' is no folder of a model"),
+        (["--engine", "llama.cpp", "--export", "x"], 1, "there is no 'x'"),
+        (["--engine", "llama.cpp", "--export", "original"], 1, "no GGUF file"),
+        (["--engine", "vllm", "--export", "x"], 1, "there is no 'x'"),
+        (["--engine", "vllm", "--export", "packages"], 1, "'packages' is no folder of a model"),
         (["--engine", "vllm", "--export", "original", "--python", "/no/python"], 1, "no Python that can be run"),
     ],
 )

@@ -124,5 +124,6 @@ def warm(engines: Mapping[str, Engine], prompts: list[list[int]], progress: bool
     """Let all engines answer once, so that no compilation is in the times."""
     with bar(f"batch {len(prompts)}: first calls", "models", len(engines), progress) as advance:
         for engine in engines.values():
-            engine.generate(prompts, 2)
+            engine.begin(prompts)
+            engine.go_on(1)
             advance(1)

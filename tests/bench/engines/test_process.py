@@ -35,6 +35,16 @@ def test_an_engine_says_what_it_is_and_answers(tmp_path: Path, monkeypatch: pyte
     assert "hello from the engine" in (tmp_path / "log").read_text()
 
 
+def test_prompts_that_are_more_than_the_sequences_are_answered_one_batch_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake_vllm(tmp_path, monkeypatch)
+
+    with serving("vllm", model(tmp_path), tmp_path / "log", settings=Settings(sequences=2)) as engine:
+        assert engine.generate([[5], [1], [8]], 2) == [[6, 7], [2, 3], [9, 10]]
+        assert len(engine.go_on(1).tokens) == 1
+
+
 def test_the_users_environment_goes_before_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_fake_vllm(tmp_path, monkeypatch)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")

@@ -549,7 +549,7 @@ MUTATIONS = (
     Mutation(
         "let the original always answer first",
         "fxfuse/bench/engines/contest.py",
-        "orders = list(engines), list(reversed(engines))",
+        "orders = list(engines), list(engines)[::-1]",
         "orders = list(engines), list(engines)",
         ("tests/bench/engines/test_contest.py",),
     ),

@@ -589,11 +589,18 @@ MUTATIONS = (
         ("tests/exporting/test_vllm_plugin.py::test_a_weight_that_is_given_by_nobody_is_an_error",),
     ),
     Mutation(
-        "count the prompt among the next tokens of an engine",
+        "let the original always answer first",
         "fxfuse/bench/engines/contest.py",
-        "(long - short) / requests.tokens",
-        "long / requests.tokens",
+        "orders = list(engines), list(engines)[::-1]",
+        "orders = list(engines), list(engines)",
         ("tests/bench/engines/test_contest.py",),
+    ),
+    Mutation(
+        "count tokens from the sequence that was read first",
+        "fxfuse/bench/engines/vllm_worker.py",
+        "self._until(min(map(len, self._made.values())) + count)",
+        "self._until(max(map(len, self._made.values())) + count)",
+        ("tests/bench/engines/test_process.py",),
     ),
     Mutation(
         "time an engine that has to preempt sequences",

@@ -4,9 +4,11 @@
     python -m benchmarks.serving --llama-python LLAMA_PYTHON --kinds f32 q8_0 --batches 1 --json FILE
 
 The first makes all rows of vLLM: the original, and its exports with ten attentions out ("dropped"), with their FFNs in
-groups too ("fused"), with layer pairs ("pairs") and with full blocks ("blocks") in parallel; computed by vLLM's own
-code ("native") and by that of transformers ("transformers"), as it is ("eager") and compiled ("compiled"); for batches
-of 1, 8 and 32. Interrupted, the same command goes on after the last batch that is in FILE.
+groups too ("fused"), with half of all attentions out and their FFNs in groups ("half"), with that half as linear maps
+("linear"), with layer pairs ("pairs") and with full blocks ("blocks") in parallel; computed by vLLM's own code
+("native") and by that of transformers ("transformers"), as it is ("eager") and compiled ("compiled"); for batches of 1,
+8 and 32. Interrupted, the same command goes on after the last batch that is in FILE; --rounds and --stretches may
+differ from one batch to another.
 
 Each model runs in an engine of its own, in a process of its own, and they take turns; the original runs twice. A model
 is compared with the original of the same kind and mode. "f32" and "q8_0" are GGUF files in llama.cpp, matrices of these
@@ -19,7 +21,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "plans": {name: plan.digest for name, plan in plans.items()},
             "prompt": given.prompt,
             "tokens": given.tokens,
-            "rounds": given.rounds,
             "cpu seconds": given.busy,
         },
     )
@@ -82,8 +82,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=["native", "transformers"], choices=sorted(FORMS))
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt", type=int, default=256, help="tokens before the first")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens after the first")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens before the first")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens after the first, at a stretch")
+    parser.add_argument("--stretches", type=int, default=3, help="of so many tokens after each prompt")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--busy", action="store_true", help="count CPU seconds of one thread: the machine is not idle")
     parser.add_argument("--note", default="", help="what else was going on, for the file")
@@ -114,13 +115,14 @@ def measure(
 ) -> None:
     """Start an engine for each folder, and add the rows of each batch as soon as they are there."""
     form, implementation, _ = FORMS[kind]
+    asked = [Requests(batch, given.prompt, given.tokens, given.stretches) for batch in batches]
     name, python = ("llama.cpp", given.llama_python) if form == "gguf" else ("vllm", given.python)
     settings = Settings(
         implementation=implementation,
         compiled=mode == "compiled",
         dtype="float32",
-        room=max(512, given.prompt + given.tokens + 1),
-        sequences=max(32, *given.batches),
+        room=max(requests.room for requests in asked),
+        sequences=max(batches),
         memory=0.9 / len(folders),
         threads=1 if given.busy else None,
     )
@@ -130,15 +132,10 @@ def measure(
             log = Path(logs, model)
             engines[model] = stack.enter_context(serving(name, folder, log, python, settings))
             print(f"{kind}, {mode}: {model}: {engines[model].served.description}", flush=True)
-
-        def busy() -> float:
-            return sum(engine.busy for engine in engines.values())
-
-        for batch in batches:
-            requests = Requests(batch, given.prompt, given.tokens)
-            done = contest(engines, requests, given.rounds, busy if given.busy else time.perf_counter, progress=True)
+        for requests in asked:
+            done = contest(engines, requests, given.rounds, given.busy, progress=True)
             rows.add(kind, mode, done, str(Machine.here()), given.note)
-            print(f"{kind}, {mode}, batch {batch}: {'void' if done.void else 'done'}", flush=True)
+            print(f"{kind}, {mode}, batch {requests.batch}: {'void' if done.void else 'done'}", flush=True)
 
 
 if __name__ == "__main__":

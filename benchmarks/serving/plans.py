@@ -13,14 +13,19 @@ def mlp(*layers: int) -> list[str]:
     return [f"model.layers.{layer}.mlp" for layer in layers]
 
 
-_DROPPED = (5, 6, 7, 11, 12, 15, 16, 20, 21, 25)
-_CHAINS = ((4, 5, 6, 7), (10, 11, 12), (14, 15, 16), (19, 20, 21), (24, 25))
+_TEN = (4, 5, 6, 7, 14, 15, 21, 25, 27, 29)
+_IN_SEVEN = ((3, 4, 5), (6, 7), (13, 14, 15), (20, 21), (24, 25), (26, 27), (28, 29))
+_FIFTEEN = (*_TEN, 8, 9, 12, 18, 22)
+_IN_TEN = (*_IN_SEVEN[:3], (8, 9), (11, 12), (17, 18), (20, 21, 22), *_IN_SEVEN[4:])
 _PAIRS = tuple((layer, layer + 1) for layer in range(4, 26, 2))
 
 PLANS = {
-    "dropped": fxfuse.Plan(drop=attn(*_DROPPED)),
-    "fused": fxfuse.Plan(drop=attn(*_DROPPED), parallel=[mlp(*chain) for chain in _CHAINS]),
+    "dropped": fxfuse.Plan(drop=attn(*_TEN)),
+    "fused": fxfuse.Plan(drop=attn(*_TEN), parallel=[mlp(*chain) for chain in _IN_SEVEN]),
+    "half": fxfuse.Plan(drop=attn(*_FIFTEEN), parallel=[mlp(*chain) for chain in _IN_TEN]),
+    "linear": fxfuse.Plan(linear=attn(*_FIFTEEN)),
     "pairs": fxfuse.Plan(parallel=[each(*pair) for pair in _PAIRS for each in (attn, mlp)]),
     "blocks": fxfuse.Plan(parallel=[[[*attn(one), *mlp(one)] for one in pair] for pair in _PAIRS]),
 }
-"""Ten attentions out; and 15 FFNs in five wide ones; 11 layer pairs in parallel; the same as full blocks."""
+"""Ten attentions out, those that cost least as linear maps; and 16 FFNs in seven wide ones; 15 out and 23 FFNs in ten;
+these 15 linear; 11 layer pairs in parallel; the same as full blocks."""

@@ -50,6 +50,7 @@ class Rows:
                     "kind": kind,
                     "mode": mode,
                     "batch": done.requests.batch,
+                    "stretches": done.requests.stretches,
                     "what": phase,
                     "void": phase in done.void,
                     "ms": {name: 1e3 * samples.median(name) for name in samples.seconds},

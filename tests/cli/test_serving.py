@@ -41,7 +41,7 @@ def test_json_has_the_original_twice_and_the_export(
     for phase in told["phases"]:
         assert list(phase["programs"]) == ["original", "original again", "export"]
         assert all(len(program["seconds"]) == 3 for program in phase["programs"].values())
-    assert told["requests"] == {"batch": 2, "length": 8, "tokens": 2}
+    assert told["requests"] == {"batch": 2, "length": 8, "tokens": 2, "stretches": 1}
     assert set(told["engines"].values()) == {"vLLM 1, auto eager, auto"}
     void = any(phase["void"] for phase in told["phases"])
     assert (code, "void" in err) == (int(void), void)
@@ -68,8 +68,10 @@ def test_the_code_of_transformers_computes_the_original_too_if_it_does_the_expor
         (["--engine", "vllm", "--export", "x", "--inner", "eager"], 2, "of torch.compile"),
         (["--engine", "tgi", "--export", "x"], 1, "unknown engine 'tgi'"),
         (["--engine", "llama.cpp", "--export", "x", "--compiled"], 1, "vLLM's: llama.cpp knows none"),
-        (["--engine", "llama.cpp", "--export", "x"], 1, "no GGUF file"),
-        (["--engine", "vllm", "--export", "x"], 1, "'x' is no folder of a model"),
+        (["--engine", "llama.cpp", "--export", "x"], 1, "there is no 'x'"),
+        (["--engine", "llama.cpp", "--export", "original"], 1, "no GGUF file"),
+        (["--engine", "vllm", "--export", "x"], 1, "there is no 'x'"),
+        (["--engine", "vllm", "--export", "packages"], 1, "'packages' is no folder of a model"),
         (["--engine", "vllm", "--export", "original", "--python", "/no/python"], 1, "no Python that can be run"),
     ],
 )

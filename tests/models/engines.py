@@ -29,17 +29,40 @@ class LLM:
         how = f"{model_impl} {'eager' if enforce_eager else 'compiled'}"
         model = Held(architecture=how, dtype=dtype, get_vocab_size=lambda: self.config["vocab_size"])
         cache = Held(num_gpu_blocks=self.config.get("num_blocks", 1000), block_size=16)
-        self.llm_engine = Held(vllm_config=Held(model_config=model, cache_config=cache))
+        self.llm_engine = Steps(self.config, Held(model_config=model, cache_config=cache))
         print("hello from the engine")
 
-    def generate(self, prompts, how, use_tqdm):
+
+class Steps:
+    """Reads a prompt in each step, and makes a token after those that are read."""
+
+    def __init__(self, config, vllm_config):
+        self.config, self.vllm_config, self.waiting, self.made = config, vllm_config, {}, {}
+
+    def abort_request(self, names):
+        for name in names:
+            self.waiting.pop(name, None)
+            self.made.pop(name, None)
+
+    def add_request(self, name, prompt, params):
+        self.waiting[name] = prompt["prompt_token_ids"][-1], params.max_tokens
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting or self.made)
+
+    def step(self):
         if "end" in self.config:
             print(self.config["end"], file=sys.stderr, flush=True)
             os._exit(3)
-        time.sleep(0.002 * (1 + how.max_tokens))
-        last = [prompt["prompt_token_ids"][-1] for prompt in prompts]
-        made = [[token + 1 + place for place in range(how.max_tokens)] for token in last]
-        return [Held(outputs=[Held(token_ids=tuple(tokens))]) for tokens in made]
+        time.sleep(0.002)
+        if self.waiting:
+            name = next(iter(self.waiting))
+            self.made[name] = [], *self.waiting.pop(name)
+        for tokens, last, _ in self.made.values():
+            tokens.append(last + 1 + len(tokens))
+        done = [Held(request_id=name, outputs=[Held(token_ids=tuple(row[0]))]) for name, row in self.made.items()]
+        self.made = {name: row for name, row in self.made.items() if len(row[0]) < row[2]}
+        return done
 '''
 
 

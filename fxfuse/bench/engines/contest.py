@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from fxfuse.bench.engines.process import Engine
-from fxfuse.bench.timing import AGAIN, ORIGINAL, Samples, interleave
+from fxfuse._common.progress import bar
+from fxfuse.bench.engines.process import Answer, Engine
+from fxfuse.bench.timing import AGAIN, ORIGINAL, Samples
 from fxfuse.errors import EngineError
 
 FIRST, NEXT = "first token", "next token"
-"""The phases: a prompt is read and a token made; one more token is made of each sequence."""
+"""The phases: all prompts are read until each has a token; one more token is made of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,19 @@ class Requests:
     Attributes:
         batch: prompts at a time.
         length: tokens of each prompt.
-        tokens: that are made after the first, to time one of them.
+        tokens: that are made after the first at a stretch, to time one of them.
+        stretches: of so many tokens after each prompt.
     """
 
     batch: int = 1
     length: int = 256
     tokens: int = 16
+    stretches: int = 1
 
     @property
     def room(self) -> int:
-        """Tokens of a sequence in the end."""
-        return self.length + self.tokens + 1
+        """Tokens of a sequence in the end; the prompt that was read first has got some while others were read."""
+        return self.length + self.batch + self.tokens * self.stretches
 
     def prompts(self, vocabulary: int) -> list[list[int]]:
         """As many prompts, that differ, of tokens below ``vocabulary``; the first tokens are often special ones."""
@@ -71,22 +73,18 @@ class Contest:
 
 
 def contest(
-    engines: Mapping[str, Engine],
-    requests: Requests,
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-    progress: bool = False,
+    engines: Mapping[str, Engine], requests: Requests, rounds: int, busy: bool = False, progress: bool = False
 ) -> Contest:
     """Time all engines by turns, in the phases :data:`FIRST` and :data:`NEXT`.
 
-    The time of a next token is that of ``requests.tokens + 1`` tokens less that of one, which was asked for in the same
-    round, divided.
+    In a round each engine reads the prompts, one engine after the other; then each makes a stretch of tokens, and so on
+    until all stretches are made. The order is turned round each time.
 
     Args:
         engines: by the names of the contestants, in the order in which they run.
         requests: what they are asked.
         rounds: how often.
-        clock: seconds.
+        busy: count CPU seconds of the engines instead of the time that passes.
         progress: show on stderr how far it is.
 
     Raises:
@@ -100,17 +98,32 @@ def contest(
                 "environment variable VLLM_CPU_KVCACHE_SPACE says"
             )
     prompts = requests.prompts(min(engine.served.vocabulary for engine in engines.values()))
+    warm(engines, prompts, progress)
 
-    def asked(engine: Engine, tokens: int) -> Callable[[], object]:
-        return lambda: engine.generate(prompts, tokens)
+    def seconds(answer: Answer) -> float:
+        return answer.busy if busy else answer.seconds
 
-    counts = 1, requests.tokens + 1
-    calls = {f"{count} {name}": asked(engine, count) for name, engine in engines.items() for count in counts}
-    taken = interleave(calls, rounds, 0.0, clock, f"batch {requests.batch}" if progress else "").seconds
-    first, whole = ({name: taken[f"{count} {name}"] for name in engines} for count in counts)
-    step = {
-        name: tuple((long - short) / requests.tokens for long, short in zip(whole[name], first[name], strict=True))
-        for name in engines
-    }
+    first: dict[str, list[float]] = {name: [] for name in engines}
+    step: dict[str, list[float]] = {name: [] for name in engines}
+    orders = list(engines), list(engines)[::-1]  # so that nobody always runs after the same one, or last
+    with bar(f"batch {requests.batch}: timing", "rounds", rounds, progress, still=True) as advance:
+        for round_ in range(rounds):
+            for name in orders[round_ % 2]:
+                first[name].append(seconds(engines[name].begin(prompts)))
+            for stretch in range(requests.stretches):
+                for name in orders[(round_ + stretch + 1) % 2]:
+                    step[name].append(seconds(engines[name].go_on(requests.tokens)) / requests.tokens)
+            advance(1)
     descriptions = {name: engine.served.description for name, engine in engines.items()}
-    return Contest(descriptions, requests, {FIRST: Samples(first), NEXT: Samples(step)})
+    held = {FIRST: first, NEXT: step}
+    phases = {phase: Samples({name: tuple(taken[name]) for name in engines}) for phase, taken in held.items()}
+    return Contest(descriptions, requests, phases)
+
+
+def warm(engines: Mapping[str, Engine], prompts: list[list[int]], progress: bool) -> None:
+    """Let all engines answer once, so that no compilation is in the times."""
+    with bar(f"batch {len(prompts)}: first calls", "models", len(engines), progress) as advance:
+        for engine in engines.values():
+            engine.begin(prompts)
+            engine.go_on(1)
+            advance(1)

@@ -23,12 +23,26 @@ def test_an_engine_says_what_it_is_and_answers(tmp_path: Path, monkeypatch: pyte
 
     with serving("vllm", model(tmp_path), tmp_path / "log", settings=settings) as engine:
         made = [engine.generate([[5], [1, 7]], 3), engine.generate([[9]], 1)]
+        engine.begin([[9], [1]])
+        done = engine.go_on(2)
 
     assert engine.served.description == "vLLM 1, transformers eager, float32"
     assert (engine.served.vocabulary, engine.served.holds) == (50, 16_000)
     assert made == [[[6, 7, 8], [8, 9, 10]], [[10]]]
-    assert engine.busy > 0
+    assert done.busy > 0
+    assert done.seconds > 0.002
+    assert done.tokens == [[10, 11, 12, 13], [2, 3, 4]]  # the first of them went on while the other was read
     assert "hello from the engine" in (tmp_path / "log").read_text()
+
+
+def test_prompts_that_are_more_than_the_sequences_are_answered_one_batch_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake_vllm(tmp_path, monkeypatch)
+
+    with serving("vllm", model(tmp_path), tmp_path / "log", settings=Settings(sequences=2)) as engine:
+        assert engine.generate([[5], [1], [8]], 2) == [[6, 7], [2, 3], [9, 10]]
+        assert len(engine.go_on(1).tokens) == 1
 
 
 def test_the_users_environment_goes_before_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

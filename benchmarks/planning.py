@@ -164,7 +164,9 @@ def _row(
         print(f"{target:6.0%} {name:24} does not reach it", flush=True)
         return {"target": target, "solver": name, "plan": None}
     # Unhealed, an attention made linear holds no map yet: it is as if it had left.
-    before = judged(model, model, Plan(drop=(*plan.drop, *plan.linear), parallel=plan.parallel), judges)
+    before = judged(
+        model, model, Plan(drop=(*plan.drop, *plan.linear), narrow=plan.narrow, parallel=plan.parallel), judges
+    )
     after = None
     if heal_on:
         student = copy.deepcopy(model)

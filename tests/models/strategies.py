@@ -269,15 +269,9 @@ def narrowed(draw: st.DrawFn, spec: s.Model, plan: PlanSpec) -> PlanSpec:
 
 
 def has_units(branch: s.Branch) -> bool:
-    """Whether a branch is ``down(f(projections of one input))`` and nothing else, gains and numbers of it aside.
-
-    A quotient is left out: with dynamic=True its number is symbolic, and what is divided by such a one is not looked
-    through, so the FFN is refused.
-    """
+    """Whether a branch is ``down(f(projections of one input))`` and nothing else, gains and numbers of it aside."""
     body = branch.body
     if not isinstance(body, s.FFN) or branch.edit is not None or branch.post_norm:
-        return False
-    if branch.scale is not None and branch.scale_form == "f/q":
         return False
     return body.edit is None and not body.inner_norm and body.twist in ("none", "self_gate", "clamp", "transposed")
 

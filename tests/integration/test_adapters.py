@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fxfuse
 from fxfuse import Plan
 from fxfuse.ffn.adapter import REASON
 from fxfuse.report.explanation import BranchInfo
-from tests.models.bodies import SwiGLU
+from tests.models.ffns import FFNs
 from tests.models.tiny import llama, planned, redraw, tokens, vectors
 
 peft = pytest.importorskip("peft")
@@ -23,33 +23,8 @@ X = vectors(2, 3, 8)
 ALL = ["gate", "up", "down"]
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mlp = nn.RMSNorm(8, eps=1e-6), SwiGLU(12)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.mlp(self.norm(h))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
-
-    def forward(self, h: Tensor) -> Tensor:
-        for layer in self.layers:
-            h = layer(h)
-        return h
-
-    def parallel(self, h: Tensor) -> Tensor:
-        one, two, last = self.layers
-        made: Tensor = last(h + one.mlp(one.norm(h)) + two.mlp(two.norm(h)))  # type: ignore[operator]
-        return made
-
-
 def adapted(targets: list[str] = ALL, **settings: Any) -> Any:
-    model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=targets, r=2, lora_alpha=4, **settings))
+    model = peft.get_peft_model(FFNs(), peft.LoraConfig(target_modules=targets, r=2, lora_alpha=4, **settings))
     model.double().eval()
     redraw(model)
     return model

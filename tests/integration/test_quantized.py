@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import Plan
 from fxfuse.report.explanation import BranchInfo
-from tests.models.bodies import SwiGLU
+from tests.models.ffns import FFNs
 from tests.models.tiny import redraw
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -40,36 +40,16 @@ GROUPED: dict[str, Config] = {
 ALL = PER_ROW | DYNAMIC | GROUPED
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mlp = nn.RMSNorm(32, eps=1e-6), SwiGLU(40, width=32)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.mlp(self.norm(h))
-
-
-class Net(nn.Module):
-    """Three FFNs, of which a plan lets the first two read one point; the last one is never quantized.
+class Net(FFNs):
+    """A plan lets the first two FFNs read one point; the last one is never quantized.
 
     What quantizes its inputs would round them in another way after the least difference.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        super().__init__(width=32, hidden=40)
         self.to(dtype).eval().requires_grad_(False)
         redraw(self)
-
-    def forward(self, h: Tensor) -> Tensor:
-        for layer in self.layers:
-            h = layer(h)
-        return h
-
-    def parallel(self, h: Tensor) -> Tensor:
-        one, two, last = self.layers
-        made: Tensor = last(h + one.mlp(one.norm(h)) + two.mlp(two.norm(h)))  # type: ignore[operator]
-        return made
 
 
 def is_linear(module: nn.Module, _: str) -> bool:

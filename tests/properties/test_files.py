@@ -307,7 +307,7 @@ OTHERS = [None, True, -1, 0, 2.5, 10**30, "x", "", [], [1], ["x"], {}, {"x": 1},
 
 
 def other_types(document: Any) -> Iterator[Any]:
-    """The JSON document with one value changed: each in turn is another, is gone, or has a neighbour that nobody knows."""
+    """The JSON document with one value changed: each in turn is another, is gone, or has a neighbour unknown to all."""
     yield from OTHERS
     for path in list(places(document)):
         for change in ("gone", "more", *OTHERS):
@@ -327,8 +327,8 @@ def other_types(document: Any) -> Iterator[Any]:
 
 def places(document: Any) -> Iterator[tuple[Any, ...]]:
     """The keys that lead to each value within a JSON document."""
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
-    for key, value in items:
+    numbered = dict(enumerate(document)) if isinstance(document, list) else document
+    for key, value in numbered.items() if isinstance(numbered, dict) else ():
         yield (key,)
         yield from ((key, *path) for path in places(value))
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse import Plan
-from fxfuse.backend.frontend import twin
+from fxfuse._torch.apart import APART, twin
 from fxfuse.bench.timing import Machine, interleave
-from fxfuse.model.pruning import APART
 
 COUNT = 4
 BASE, AGAIN = "inductor", "inductor again"

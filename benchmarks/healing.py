@@ -34,14 +34,13 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import Plan
 from fxfuse._common.files import check_writable, write_atomically
-from fxfuse.backend.frontend import twin
+from fxfuse._torch.apart import APART, twin
 from fxfuse.bench.prefill_decode import decode, filled_cache
 from fxfuse.bench.timing import Machine
 from fxfuse.data.loading import load
 from fxfuse.data.own_text import written_by
 from fxfuse.data.text import batches_of, docstrings, python_documentation
 from fxfuse.measure.planned import Planned
-from fxfuse.model.pruning import APART
 
 LICENCES = Path("/usr/share/common-licenses")
 

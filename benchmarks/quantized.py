@@ -35,14 +35,13 @@ from torchao.quantization import (
 import fxfuse
 from fxfuse import Plan
 from fxfuse._common.files import check_writable, write_atomically
-from fxfuse.backend.frontend import twin
+from fxfuse._torch.apart import APART, twin
 from fxfuse.bench.prefill_decode import decode, filled_cache
 from fxfuse.bench.timing import Machine
 from fxfuse.data.loading import load
 from fxfuse.data.text import batches_of, python_documentation
 from fxfuse.graph.blocks import inner
 from fxfuse.measure.resume import digest_batch
-from fxfuse.model.pruning import APART
 
 PLAN = Plan(
     drop=[f"model.layers.{index}.self_attn" for index in (5, 6, 7, 25, 26, 27)],

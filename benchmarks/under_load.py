@@ -22,11 +22,10 @@ from typing import Any
 import torch
 
 from fxfuse._common.files import check_writable, write_atomically
-from fxfuse.backend.frontend import twin
+from fxfuse._torch.apart import APART, twin
 from fxfuse.bench.prefill_decode import decode, filled_cache
 from fxfuse.bench.timing import Machine
 from fxfuse.data.loading import load
-from fxfuse.model.pruning import APART
 from fxfuse.plan import Plan
 
 BASE, AGAIN, OURS = "inductor", "inductor again", "fxfuse"

@@ -20,10 +20,9 @@ import torch
 from handwritten import PLAN, by_hand
 from torch import nn
 
-from fxfuse.backend.frontend import twin
+from fxfuse._torch.apart import APART, twin
 from fxfuse.bench.timing import Machine, interleave, relative_distance
 from fxfuse.data.loading import load
-from fxfuse.model.pruning import APART
 
 BASE, AGAIN = "inductor", "inductor again"
 

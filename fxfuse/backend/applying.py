@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse._common.units import Narrowed
+from fxfuse._torch.apart import own_code
 from fxfuse._torch.compiled import COMPILED_CALL, compiled_call, set_compiled_call, uncompiled_call
 from fxfuse._torch.dynamo import skips
 from fxfuse._torch.modules import PARTS, pre_hooks
-from fxfuse.backend.frontend import own_code
 from fxfuse.backend.options import Compiler, Options
 from fxfuse.model import healed
 from fxfuse.model.force import Watch, watch_of, without_watches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse._torch.compiled import COMPILED_CALL
+from fxfuse._torch.apart import APART, own_code
 from fxfuse._torch.dynamo import innermost, set_aside
 from fxfuse.backend.naming import guard_modules, names_in, specialise
 from fxfuse.errors import CaptureError
 from fxfuse.graph.surgery import copy_module
 from fxfuse.model.force import uncompiled
-from fxfuse.model.pruning import APART
 
 
 @dataclass(frozen=True)
@@ -115,13 +113,6 @@ def _lend(made: weakref.ref[Callable[..., object]]) -> Callable[..., object]:
     return run
 
 
-def own_code(function: Callable[..., object]) -> Callable[..., object]:
-    """A copy of a Python function with a code object of its own: Dynamo keeps what it compiled with that."""
-    assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace()
-    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
-
-
 def capture(model: nn.Module, *args: object, **kwargs: object) -> tuple[Captured, ...]:
     """Call ``model(*args, **kwargs)`` once, without gradients, and return the graphs that Dynamo makes of it.
 
@@ -152,28 +143,3 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> tuple[Captured
             "torch.compiler.disable on its forward), or the call computes nothing"
         )
     return tuple(found)
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A second handle of ``model``: the same submodules and weights, not compiled, and compiled by itself.
-
-    Dynamo keeps its graphs with the code of the function that it compiled, here one of the handle's own.
-    """
-    made: nn.Module = object.__new__(type(model))
-    vars(made).update(vars(model) | {COMPILED_CALL: None})
-    forward = made.forward
-
-    def call(self: nn.Module, *args: object, **kwargs: object) -> object:
-        return forward(*args, **kwargs)
-
-    fresh = types.FunctionType(call.__code__.replace(), dict(call.__globals__), "forward", None, call.__closure__)
-    vars(made)["forward"] = types.MethodType(fresh, made)
-    return made
-
-
-def forget(handle: nn.Module) -> None:
-    """Let go of all that was compiled for a :func:`twin`: Dynamo holds it in the globals of the handle's function."""
-    method = vars(handle)["forward"]
-    assert isinstance(method, types.MethodType)
-    names = method.__func__.__globals__
-    names.update(dict.fromkeys(names))  # the names stay: Dynamo deletes its own when it comes to it

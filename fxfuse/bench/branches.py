@@ -20,15 +20,16 @@ from torch import Tensor, fx, nn
 
 from fxfuse._common.bounds import check_count
 from fxfuse._common.progress import bar
+from fxfuse._torch.apart import APART, twin
 from fxfuse._torch.compiled import original
 from fxfuse.backend.compiler import ffnfuse
-from fxfuse.backend.frontend import Captured, capture, twin
+from fxfuse.backend.frontend import Captured, capture
 from fxfuse.bench.parts import Cutter, Part
 from fxfuse.bench.prefill_decode import SAMPLE, Program, decode_step, filled_cache
 from fxfuse.bench.timing import Samples, clock_of, interleave
 from fxfuse.data.batches import cache_keyword, eval_mode
 from fxfuse.errors import CaptureError, OptionError, PlanError, PruneError
-from fxfuse.model.pruning import APART, prune
+from fxfuse.model.pruning import prune
 from fxfuse.plan import Plan
 from fxfuse.stream.branch import Branch
 
@@ -195,11 +196,11 @@ def _calls(
 
 
 def _linear(kinds: Sequence[Sequence[Branch]], copies: Captured) -> Cutter | None:
-    """The graph with linear maps in the place of all attentions; None if there are none, or some have no map."""
+    """The graph with linear maps in the place of all attentions; None if there are none, or one cannot be told."""
     attentions = [branch.name for branches in kinds for branch in branches if branch.kind == "attention"]
     try:
         return Cutter(copies, attentions) if attentions else None
-    except PlanError:  # a matter of shapes, which such models have in all layers
+    except PlanError:  # a matter of how attention is written, which is the same in all layers
         return None
 
 

@@ -18,6 +18,7 @@ from fxfuse.graph.constant import weight_only
 from fxfuse.graph.order import written_memory
 from fxfuse.graph.rerun import Program
 from fxfuse.graph.values import parameters, shape, value
+from fxfuse.passes.linear import zero_maps
 from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
 from fxfuse.stream.branch import Branch, Term
@@ -48,15 +49,16 @@ class Cutter:
 
     Args:
         captured: the graph; it is used up.
-        linear: attentions that are made linear maps first.
+        linear: attentions that are made linear maps first; what they hold is no matter.
 
     Raises:
-        PlanError: an attention has no linear map that fits.
+        PlanError: an attention cannot be made linear.
     """
 
     def __init__(self, captured: Captured, linear: Sequence[str] = ()) -> None:
         self._gm, self._inputs = captured.gm, captured.inputs
-        edit(self._gm, Plan(linear=tuple(linear)), names=captured.names, strict=True)
+        maps = zero_maps(self._gm, captured.names) if linear else {}
+        edit(self._gm, Plan(linear=tuple(linear)), names=captured.names, strict=True, maps=maps)
         self.streams: tuple[ResidualStream, ...] = find_streams(self._gm, captured.names)
         self._constant = weight_only(self._gm, parameters(self._gm, captured.names))
         self._order = {node: index for index, node in enumerate(self._gm.graph.nodes)}

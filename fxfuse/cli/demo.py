@@ -19,7 +19,7 @@ import fxfuse
 from fxfuse import Plan, Recording
 from fxfuse._common.files import write_atomically
 from fxfuse._common.progress import bar
-from fxfuse.backend.frontend import twin
+from fxfuse._torch.apart import APART, twin
 from fxfuse.bench.prefill_decode import Latency, Program, cache_bytes_per_token, decode, filled_cache, prefill
 from fxfuse.bench.timing import Machine
 from fxfuse.cli.shared import save_folder
@@ -30,7 +30,6 @@ from fxfuse.data.text import batches_of, docstrings, licences, python_documentat
 from fxfuse.errors import HealError, RecordError
 from fxfuse.measure.evaluation import Metrics
 from fxfuse.measure.planned import Planned
-from fxfuse.model.pruning import APART
 from fxfuse.planning import Costs, Effort, Search, Targets, find_plan, measure_costs
 from fxfuse.planning.text import prompt
 from fxfuse.report import save_report

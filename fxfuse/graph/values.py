@@ -73,6 +73,14 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
     return pairs is not None and all(_same_size(one, other) for one, other in pairs)
 
 
+def same_rows(a: fx.Node, b: fx.Node) -> bool:
+    """The same of their sizes but the last."""
+    first, second = value(a), value(b)
+    if first is None or second is None:
+        return True
+    return first.dim() == second.dim() and all(map(_same_size, first.shape[:-1], second.shape[:-1]))
+
+
 def _same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     if isinstance(one, int) and isinstance(other, int):
         return one == other

@@ -16,14 +16,26 @@ from fxfuse._common.progress import bar
 from fxfuse._torch.dynamo import originals_forbidden
 from fxfuse.data.batches import eval_mode
 from fxfuse.healing.fit import fit_step
-from fxfuse.healing.mapped import Mapped
+from fxfuse.healing.mapped import mapped
 from fxfuse.healing.methods import Patient, samples_of
 from fxfuse.healing.text import Kind
 from fxfuse.model.force import uncompiled
+from fxfuse.model.stand_ins import OWN_MAP
+from fxfuse.passes.linear import OwnMap
 from fxfuse.plan import Plan
 
 Maps: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """The parameters of linear maps, by their names, by the attention."""
+
+
+def own_maps(maps: Maps) -> dict[str, OwnMap]:
+    """Those of ``maps`` that are no output projection of the model, by the attention."""
+    made: dict[str, OwnMap] = {}
+    for name, weights in maps.items():
+        own = f"{name}.{OWN_MAP}"
+        if f"{own}.weight" in weights:
+            made[name] = OwnMap(weights[f"{own}.weight"], weights.get(f"{own}.bias"))
+    return made
 
 
 @torch.no_grad()
@@ -32,7 +44,7 @@ def maps_alone(model: nn.Module, plan: Plan, text: Sequence[Kind], block: int = 
 
     Args:
         model: the original; it stays as it is.
-        plan: its ``linear`` are attentions whose output projections have the map's shape. Its other edits hold.
+        plan: its ``linear`` are the attentions. Its other edits hold.
         text: what is fitted to, and what is held out to choose the ridge by.
         block: the most inputs that are solved for at once.
         progress: show on stderr how far it is.
@@ -41,8 +53,9 @@ def maps_alone(model: nn.Module, plan: Plan, text: Sequence[Kind], block: int = 
         HealError: too little text.
         PlanError, CaptureError, RecordError, NotFiniteError: as :func:`fxfuse.heal` says.
     """
-    patient, found = Patient(model, Mapped(model, (), {}), plan, tuple(text)), dict[str, Mapping[str, Tensor]]()
-    with eval_mode(model), uncompiled(model), originals_forbidden():
+    both = mapped(model, plan, text[0].fitted[0])
+    patient, found = Patient(model, both, plan, tuple(text)), dict[str, Mapping[str, Tensor]]()
+    with eval_mode(model, both.model), uncompiled(model), originals_forbidden():
         samples = samples_of(patient, "linear", {})
         steps = samples[0].pair.steps
         with bar("fitting linear maps", "maps", len(steps), progress) as advance:

@@ -128,7 +128,8 @@ def heal(
         method: how, or several, each going on from the one before.
         weights: how much a token of each kind of text counts, as in ``{"code": 2, "prose": 1}``: in the sums of the
             fit, in the losses, and where it is chosen what is kept. None: all count alike.
-        held_out: share of the batches of each kind that is not fitted to, but chooses and decides.
+        held_out: share of the batches of each kind that is not fitted to, but chooses and decides. The first 2,048 of
+            its tokens judge what a method has made.
         minutes: how long to go on, all methods together, or each as in ``{"fit": 5, "distill": 20}``; steps that are
             not begun by then stay as they are. Judging comes on top. Without a limit "distill" reads the text once.
         block: the most inputs of a map that are solved for at once, which takes ``8 * block ** 2`` bytes a few times
@@ -140,7 +141,8 @@ def heal(
         progress: show on stderr how far it is.
 
     Memory, besides: the stream of each batch, twice, and a second copy of the weights that are fitted; while they are
-    written a third. "distill" takes a copy of what is trained, its gradients and the optimizer's states.
+    written a third. Of what the original says to the text that judges up to 2 GiB are kept. "distill" takes a copy of
+    what is trained, its gradients and the optimizer's states.
 
     Raises:
         HealError: too little text; nothing in the model can be fitted; a plan without edits; a state of something else.

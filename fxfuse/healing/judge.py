@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.healing.text import Kind
+from fxfuse.measure.answers import Answers
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.measure.planned import Planned
 from fxfuse.plan import Plan
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """How much of the change is tried, the most first: the whole may be too much for text of other kinds."""
+
+
+TOKENS = 2048
+"""How many of each kind of text judge: the same ones before and after, so that few tell two models apart."""
+
+KEPT = 2 << 30
+"""Bytes of the original's logits that are kept, at most."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Change:
 
 
 class Judge:
-    """Compares a planned model with the original on the text that was held out.
+    """Compares a planned model with the original on the first 2,048 tokens of each kind of text that was held out.
 
     Args:
         original: the model without the plan.
@@ -92,7 +100,7 @@ class Judge:
     def __init__(
         self, original: nn.Module, planned: nn.Module, plan: Plan, text: Sequence[Kind], progress: bool
     ) -> None:
-        self._original, self._text, self._progress = original, text, progress
+        self._original, self._text, self._progress = Answers(original, KEPT), text, progress
         self._planned = Planned(planned)
         self._planned.plan = plan
         self._known: dict[str, float] | None = None  # KL with the weights that were kept last
@@ -119,7 +127,9 @@ class Judge:
         self._planned.weights = weights
         made: dict[str, float] = {}
         for kind in self._text:
-            kl = evaluate(self._planned, kind.held, reference=self._original, progress=self._progress).kl
+            kl = evaluate(
+                self._planned, kind.held, reference=self._original, max_tokens=TOKENS, progress=self._progress
+            ).kl
             assert kl is not None  # there is a reference
             made[kind.name] = kl
         return made

@@ -244,11 +244,9 @@ def _graphs(original: _Traced, captured: Captured, plan: Plan, student: nn.Modul
     if at == "regions":
         steps = region_steps(planned, targets)
     elif at == "linear":
-        steps = linear_steps(planned, targets, plan)
+        steps = _in_order(planned, linear_steps(planned, targets, plan), original, plan)
     else:
-        order = {node: index for index, node in enumerate(planned.gm.graph.nodes)}
-        inner = steps_behind_norms(planned, original.bare, original.streams, plan)
-        steps = tuple(sorted((*inner, *map_steps(planned, targets, plan)), key=lambda step: order[step.out]))
+        steps = _in_order(planned, map_steps(planned, targets, plan), original, plan)
     first, second = Program(original.bare.gm), Program(planned.gm)
     seen = [{step.goal, *(n for term in step.absent for n in (term.node, *term.scale.nodes))} for step in steps]
     return _Graphs(
@@ -256,6 +254,13 @@ def _graphs(original: _Traced, captured: Captured, plan: Plan, student: nn.Modul
         Route(first, [Stage(frozenset(nodes)) for nodes in seen]),
         Route(second, [_stage(second, step) for step in steps]),
     )
+
+
+def _in_order(planned: Captured, steps: Sequence[Step], original: _Traced, plan: Plan) -> tuple[Step, ...]:
+    """These and the steps behind norms, as the graph has them."""
+    order = {node: index for index, node in enumerate(planned.gm.graph.nodes)}
+    inner = steps_behind_norms(planned, original.bare, original.streams, plan)
+    return tuple(sorted((*inner, *steps), key=lambda step: order[step.out]))
 
 
 def _stage(program: Program, step: Step) -> Stage:

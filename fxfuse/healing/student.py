@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fxfuse._torch.apart import APART, forget, twin
 from fxfuse._torch.compiled import set_compiled_call
 from fxfuse._torch.dynamo import originals_forbidden, whole_under_ddp
-from fxfuse.backend.frontend import forget, twin
 from fxfuse.errors import HealError, MissingDependencyError
-from fxfuse.model.pruning import APART
 from fxfuse.plan import Plan
 
 _ADAPTER = "default"

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.backend.frontend import Captured, compiled_apart, forget, take, twin
+from fxfuse._torch.apart import APART, forget, twin
+from fxfuse.backend.frontend import Captured, compiled_apart, take
 from fxfuse.backend.naming import elsewhere
 from fxfuse.data.batches import Model, on_device_of
 from fxfuse.model.force import uncompiled
-from fxfuse.model.pruning import APART
+from fxfuse.passes.linear import OwnMap
 from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
 
@@ -23,14 +24,18 @@ class Planned:
 
     Both may be set anew between calls: a plan for the price of rewriting the graphs, weights for none.
 
+    Args:
+        model: it stays as it is.
+        maps: by name, for attentions that a plan makes linear and whose output projection cannot be the map.
+
     The model is traced once. A torch.compile for each plan would trace it each time, and Dynamo keeps a part of what it
     traced for as long as the model lives. Nothing is fused, which is exact.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, maps: Mapping[str, OwnMap] | None = None) -> None:
         self.plan = Plan()
         self.weights: Mapping[str, Tensor] = {}  # that stand for the model's own, by name
-        self._model = model
+        self._model, self._maps = model, maps
         self._compiled = compiled_apart(model, self._follow, dynamic=None)
 
     def __call__(self, **batch: object) -> object:
@@ -58,7 +63,8 @@ class Planned:
 
     def _rewritten(self, captured: Captured) -> fx.GraphModule:
         gm, names = captured.gm, captured.names
-        edit(gm, self.plan, names=names, strict=True, elsewhere=elsewhere(self._model, names, self.plan))
+        gone = elsewhere(self._model, names, self.plan)
+        edit(gm, self.plan, names=names, strict=True, elsewhere=gone, maps=self._maps)
         return gm
 
 

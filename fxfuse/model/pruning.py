@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse._common.units import Units
+from fxfuse._torch.apart import APART, forget, twin
 from fxfuse._torch.dynamo import is_off, raising
 from fxfuse._torch.pytree import tree_leaves
 from fxfuse.errors import FxfuseError, PlanError, PruneError, nearest
@@ -41,9 +42,6 @@ from fxfuse.plan import Plan
 log = logging.getLogger(__name__)
 
 FactT = TypeVar("FactT")
-
-APART: Any = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-"""For torch.compile: graphs of our own neither serve the model's other compilations nor count towards their limit."""
 
 
 def dropped_in(model: nn.Module) -> tuple[str, ...]:
@@ -257,8 +255,12 @@ def _compiled(model: nn.Module, plan: Plan, inner: object, example: Example) -> 
             "tell what the model computes under this plan; switch it on"
         )
     options: Any = {"plan": plan, "inner": inner, "strict": True}  # torch hands on what its annotation forbids
-    with trial(model), healed.unchecked(), blaming("the model, compiled with the plan,"), raising(FxfuseError):
-        return torch.compile(model, backend="ffnfuse", options=options)(*example[0], **example[1])
+    handle = twin(model)
+    try:
+        with trial(model), healed.unchecked(), blaming("the model, compiled with the plan,"), raising(FxfuseError):
+            return torch.compile(handle, backend="ffnfuse", options=options, **APART)(*example[0], **example[1])
+    finally:
+        forget(handle)
 
 
 def _outputs(output: object) -> list[Tensor]:

@@ -7,17 +7,21 @@ projection holds. What follows it in the branch stays: a scale, a norm, dropout.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from torch import fx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from fxfuse.errors import PlanError
+from fxfuse.ffn.projection import projection
 from fxfuse.graph.ancestors import ancestors
 from fxfuse.graph.constant import weight_only
 from fxfuse.graph.paths import common_path
 from fxfuse.graph.sharded import is_spread
 from fxfuse.graph.surgery import erase_dead, erase_empty_regions, transaction
-from fxfuse.graph.values import dtype, parameters, same_shape, sizes_only, value
+from fxfuse.graph.values import dtype, parameters, same_rows, same_shape, sizes_only, value
 from fxfuse.passes.base import Control, Edit, Pass, PassReport
 from fxfuse.passes.canonical import Canonical
 from fxfuse.passes.normalise.normal import normalise
@@ -30,11 +34,25 @@ from fxfuse.stream.rewrite import shaped
 
 
 @dataclass(frozen=True)
+class OwnMap:
+    """``weight @ x + bias`` in the place of an attention whose output projection reads too many features for that.
+
+    Attributes:
+        weight: ``[d, width]``, where ``width`` is that of what the attention reads.
+        bias: ``[d]``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Linear(Pass):
     """See :func:`linear`."""
 
     name = "linear"
     branches: frozenset[str]
+    maps: Mapping[str, OwnMap] = field(default_factory=dict, compare=False)
 
     def run(self, graph: Canonical, control: Control) -> PassReport:
         report = PassReport(self.name)
@@ -47,15 +65,20 @@ class Linear(Pass):
             for branch in stream.branches:
                 if branch.name not in self.branches or branch.kind == "linear":
                     continue  # one that is a linear map already contributes what the plan asks for
-                ends = fitting_ends(branch, stream, facts)
-                kept = _rewrite(graph, branch, ends, owners)
+                kept = _rewrite(graph, branch, self._ends(graph, branch, stream, facts), owners)
                 detail = f"{kept} of its nodes serve others and stay" if kept else ""
                 report.done.append(Edit((branch.name,), "made linear", detail))
         erase_empty_regions(graph.graph)
         return report
 
+    def _ends(self, graph: Canonical, branch: Branch, stream: ResidualStream, facts: Facts) -> Ends:
+        """The branch's ends, the last of which is its own map if it has one."""
+        if branch.name not in self.maps:
+            return fitting_ends(branch, stream, facts)
+        return _with_own(graph, branch, attention_ends(branch, stream, facts), facts, self.maps[branch.name])
 
-def linear(gm: fx.GraphModule, branches: Collection[str]) -> PassReport:
+
+def linear(gm: fx.GraphModule, branches: Collection[str], maps: Mapping[str, OwnMap] | None = None) -> PassReport:
     """Let each named attention contribute what its output projection makes of its norm's output.
 
     ``h + f(o(attend(q(x), k(x), v(x))))`` with ``x = norm(h)`` becomes ``h + f(o(x))``; the branch reads the stream
@@ -66,12 +89,14 @@ def linear(gm: fx.GraphModule, branches: Collection[str]) -> PassReport:
     Args:
         gm: any graph that has residual streams.
         branches: names.
+        maps: by name, what takes the place of the output projection too, as attributes of the graph's module.
 
     Raises:
         PlanError: no branch has such a name; it is no attention; its output projection does not map the width of the
-            stream to itself, or where it begins and ends cannot be told. The graph is then as it was.
+            stream to itself and it has no other map, or where it begins and ends cannot be told. The graph is then as
+            it was.
     """
-    return run(gm, Linear(frozenset(branches)))
+    return run(gm, Linear(frozenset(branches), maps or {}))
 
 
 @dataclass(frozen=True)
@@ -174,11 +199,54 @@ def output_maps(gm: fx.GraphModule, names: Collection[str]) -> tuple[dict[str, O
     return maps, branch_names(streams)
 
 
+def zero_maps(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> dict[str, OwnMap]:
+    """Maps of zeros for those attentions whose output projection cannot be one, like that in dtype and device.
+
+    Args:
+        gm: a graph that has residual streams; it stays as it is.
+        names: of its weights.
+
+    Raises:
+        PlanError: nobody can tell where one begins and ends.
+    """
+    made: dict[str, OwnMap] = {}
+    with transaction(gm):
+        normalise(gm)
+        facts = Facts.of(gm)
+        for stream in find_streams(gm, names):
+            for branch in stream.branches:
+                if branch.kind != "attention":
+                    continue
+                ends = attention_ends(branch, stream, facts)
+                known = value(ends.output.weight)
+                if ends.output.fan_in != ends.width and known is not None:
+                    zeros = partial(torch.zeros, dtype=known.dtype, device=known.device)  # the value may be fake
+                    bias = None if ends.output.bias is None else zeros(ends.output.width)
+                    made[branch.name] = OwnMap(zeros(ends.output.width, ends.width), bias)
+    return made
+
+
+def _with_own(graph: Canonical, branch: Branch, ends: Ends, facts: Facts, own: OwnMap) -> Ends:
+    """The branch with a map of its own as its last projection, which still reads what that one read."""
+    users, number = list(ends.product.users), len(dict(graph.gm.named_buffers()))
+    after = projection(users[0], facts.weights) if len(users) == 1 else None
+    last = ends.product if after is None or after.bias is None else users[0]  # a bias may be added in a second step
+    given: list[fx.Node] = []
+    for name, tensor in (("weight", own.weight), ("bias", own.bias)):
+        if tensor is not None:
+            held = f"linear_{number}_{name}"
+            graph.gm.register_buffer(held, tensor, persistent=False)
+            with graph.graph.inserting_before(last):
+                given.append(graph.graph.get_attr(held))
+    last.op, last.target, last.args, last.kwargs = "call_function", F.linear, (ends.source, *given), {}
+    return replace(ends, product=last)
+
+
 def _rewrite(graph: Canonical, branch: Branch, ends: Ends, owners: Mapping[fx.Node, int]) -> int:
     """Let the output projection read the branch's input; how many nodes stay because others use them."""
     ends.product.replace_input_with(ends.source, _input_like_source(graph, branch, ends))
     stamp([branch])
-    erased = erase_dead(graph.graph, [ends.source])
+    erased = erase_dead(graph.graph, [ends.source, *(node for node in branch.body if not node.users)])
     left = branch.nodes - ancestors([term.node for term in branch.terms], branch.nodes)
     kept = [node for node in branch.body if node in left.difference(erased)]
     own = [node for node in kept if owners[node] == 1]
@@ -190,7 +258,10 @@ def _rewrite(graph: Canonical, branch: Branch, ends: Ends, owners: Mapping[fx.No
 
 def _input_like_source(graph: Canonical, branch: Branch, ends: Ends) -> fx.Node:
     """What the first projections read, in the shape and dtype of what the output projection reads."""
-    made = next((node for node in (*ends.read, ends.input) if same_shape(node, ends.source)), None)
+    like = same_shape if ends.output.fan_in == ends.width else same_rows
+    made = next((node for node in (*ends.read, ends.input) if like(node, ends.source)), None)
+    if made is None and like is same_rows:
+        raise PlanError(f"{branch.name!r} cannot be made linear: it flattens what it reads, and the map would not fit")
     with graph.graph.inserting_before(ends.product):
         made = shaped(graph.graph, ends.input, ends.source) if made is None else made
         wanted, known = dtype(ends.source), value(made)

@@ -31,7 +31,7 @@ from fxfuse.passes.drop import Drop
 from fxfuse.passes.emit.kernel import Kernels
 from fxfuse.passes.fuse_ffn import FuseFFN
 from fxfuse.passes.join_reductions import JoinReductions
-from fxfuse.passes.linear import Linear
+from fxfuse.passes.linear import Linear, OwnMap
 from fxfuse.passes.merge_gate_up import MergeGateUp
 from fxfuse.passes.narrow import Narrow
 from fxfuse.passes.parallelize import Parallelize
@@ -145,10 +145,14 @@ def edit(
     strict: bool = False,
     elsewhere: Callable[[str], bool] = lambda name: False,
     inputs: Sequence[object] | None = None,
+    maps: Mapping[str, OwnMap] | None = None,
 ) -> list[PassReport]:
-    """What :func:`apply_plan` does but for the fusing: the planned graph, its branches each by itself, writes tied."""
+    """What :func:`apply_plan` does but for the fusing: the planned graph, its branches each by itself, writes tied.
+
+    ``maps`` are for attentions that the plan makes linear: see :func:`fxfuse.passes.linear.linear`.
+    """
     with running(gm, tied=True) as runner:
-        _edit(runner, plan, names, strict, elsewhere, inputs)
+        _edit(runner, plan, names, strict, elsewhere, inputs, maps=maps)
     return runner.reports
 
 
@@ -160,6 +164,7 @@ def _edit(
     elsewhere: Callable[[str], bool],
     inputs: Sequence[object] | None,
     seen: Callable[[Sequence[ResidualStream]], None] = lambda streams: None,
+    maps: Mapping[str, OwnMap] | None = None,
 ) -> None:
     name_weights(names or {})
     runner(Simplify(inputs))
@@ -177,7 +182,7 @@ def _edit(
     if known or strict:
         _missing(plan, known, strict, elsewhere)
     runner(Drop(frozenset(name for name in plan.drop if name in known)))
-    runner(Linear(frozenset(name for name in plan.linear if name in known)))
+    runner(Linear(frozenset(name for name in plan.linear if name in known), maps or {}))
     runner(Narrow(Narrowed({name: units for name, units in plan.narrow.items() if name in known})))
     runner(Parallelize(tuple(groups)))
 

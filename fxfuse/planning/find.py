@@ -26,10 +26,11 @@ from fxfuse._torch.compiled import original
 from fxfuse._torch.dynamo import originals_forbidden
 from fxfuse.data.batches import Batch, Model, eval_mode
 from fxfuse.errors import HealError, NotFiniteError, OptionError, PlanError
-from fxfuse.healing.alone import Maps, maps_alone
+from fxfuse.healing.alone import Maps, maps_alone, own_maps
 from fxfuse.healing.heal import HELD_OUT, heal
 from fxfuse.healing.stages import count_tokens
 from fxfuse.healing.text import kinds
+from fxfuse.measure.answers import Answers
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.measure.planned import Planned
 from fxfuse.measure.recording import Recording
@@ -39,7 +40,6 @@ from fxfuse.planning.candidates import candidates, edits, together
 from fxfuse.planning.changes import Changes, measure_changes
 from fxfuse.planning.costs import Costs
 from fxfuse.planning.found import Search, Trial, decisions
-from fxfuse.planning.meter import Answers
 from fxfuse.planning.solvers import Problem, solve
 from fxfuse.planning.solvers.exchange import Steps
 from fxfuse.planning.state import State, healed_on
@@ -101,7 +101,7 @@ def find_plan(
         recording: of the model.
         model: the recorded model, with the same weights. It is left as it is, compiled or not.
         batches: what to measure on: keyword arguments of the model's calls. All of them are kept in memory, and what
-            the model says to them (:class:`fxfuse.planning.meter.Answers`).
+            the model says to them (:class:`fxfuse.measure.answers.Answers`).
         targets: what to reach.
         costs: of the branches (:func:`fxfuse.planning.costs.measure_costs`).
         heal_on: text to heal the best plans on, as :func:`fxfuse.heal` takes it; then linear maps are edits, too, which
@@ -173,15 +173,17 @@ class _Searching:
     ) -> None:
         self._recording, self._model, self._batches = recording, model, batches
         self._heal_on, self._state, self._progress = heal_on, state, progress
-        self._planned, self._text = Planned(model), healed_on(heal_on)
-        self._answers = Answers(model, batches)
+        self._text = healed_on(heal_on)
+        self._answers = Answers(model)
         self._maps: Maps = {}
+        self._planned = Planned(model)
 
     def fit(self, wanted: Sequence[Plan]) -> None:
         """Fit the linear maps of these edits, each by itself."""
         if wanted:
             plan = together(self._recording, wanted)
             self._maps = maps_alone(self._model, plan, kinds(self._heal_on, HELD_OUT, list), progress=self._progress)
+            self._planned = Planned(self._model, own_maps(self._maps))
 
     def changes(self, wanted: Sequence[Plan]) -> Changes:
         """What each edit does by itself, to the model as it was recorded."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from fxfuse._torch.compiled import original
 from fxfuse._torch.dynamo import originals_forbidden
-from fxfuse.data.batches import Batch, Model, call, fresh, logits_of
-from fxfuse.errors import RecordError
+from fxfuse.data.batches import Batch, Model
 from fxfuse.measure.evaluation import evaluate
 from fxfuse.measure.planned import Planned, compiled
 from fxfuse.model.force import uncompiled
@@ -85,29 +84,3 @@ class Replay:
         for batch in self._rest:
             self._kept.append(batch)
             yield batch
-
-
-class Answers:
-    """What the original says to batches, computed once: it stands for the model as a reference.
-
-    It keeps the logits of all tokens: 4 bytes for each word of the vocabulary and token, in float32.
-
-    Args:
-        model: the original.
-        batches: keyword arguments of its calls; it answers to these objects and no others.
-
-    Raises:
-        RecordError: the model cannot be called with a batch, or returns no logits.
-    """
-
-    def __init__(self, model: Model, batches: Iterable[Batch]) -> None:
-        self._logits: dict[int, Tensor] = {}
-        for number, batch in enumerate(batches):
-            given = {name: value for name, value in batch.items() if name != "labels"}
-            logits = logits_of(call(model, number, fresh(given)))
-            if logits is None:
-                raise RecordError("the model returns no logits, so nobody can tell what a plan costs")
-            self._logits[id(batch["input_ids"])] = logits
-
-    def __call__(self, **batch: object) -> Tensor:
-        return self._logits[id(batch["input_ids"])]

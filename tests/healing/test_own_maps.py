@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,20 @@ import fxfuse
 from fxfuse import Plan, PlanError
 from fxfuse.data.loading import load
 from fxfuse.errors import LoadError
+from fxfuse.healing.alone import maps_alone, own_maps
 from fxfuse.healing.course import Distillation
 from fxfuse.healing.distill import distill
+from fxfuse.healing.fit import fit_step
 from fxfuse.healing.local import Training
+from fxfuse.healing.mapped import mapped
+from fxfuse.healing.methods import Patient, samples_of
+from fxfuse.healing.pair import pairs
+from fxfuse.healing.steps import Sample, front_to_back
+from fxfuse.healing.text import kinds
 from fxfuse.model.healed import healed_for
 from fxfuse.model.stand_ins import MadeLinear
 from tests.healing.test_heal import text, weights
+from tests.models.checks import assert_exact
 from tests.models.tiny import redraw
 
 NAMES = ["model.layers.1.self_attn"]
@@ -59,10 +69,10 @@ class Mapped(nn.Module):
         return F.linear(hidden_states, self.weight, self.bias), None
 
 
-def reference(model: Any, values: dict[str, Tensor]) -> Any:
+def reference(model: Any, values: Mapping[str, Tensor], names: Sequence[str] = NAMES) -> Any:
     """The model with ``values``, and of those attentions that have a map there just that; told by modules alone."""
     made = copy.deepcopy(model)
-    for name in NAMES:
+    for name in names:
         layer = made.get_submodule(name.removesuffix(".self_attn"))
         layer.self_attn = Mapped(values[f"{name}.linear.weight"], values.get(f"{name}.linear.bias"))
     made.load_state_dict({k: v for k, v in values.items() if ".self_attn.linear." not in k}, strict=False)
@@ -110,13 +120,6 @@ def test_behind_a_norm_the_map_is_fitted_to_what_the_projection_gave() -> None:
     with pytest.raises(Exception, match="no token"):  # a text of single tokens is judged by nobody
         fxfuse.heal(model, PLAN, batches)
 
-    from functools import partial
-
-    from fxfuse.healing.fit import fit_step
-    from fxfuse.healing.mapped import mapped
-    from fxfuse.healing.pair import pairs
-    from fxfuse.healing.steps import Sample, front_to_back
-
     both = mapped(model, PLAN, batches[0])
     made = pairs(model, PLAN, batches, planned=both.model)
     found = front_to_back([Sample(pair, "", n < 2) for n, pair in enumerate(made)], partial(fit_step, block=4096))
@@ -125,6 +128,29 @@ def test_behind_a_norm_the_map_is_fitted_to_what_the_projection_gave() -> None:
     values = attention.v_proj.weight.unflatten(0, (2, 16)).repeat_interleave(2, 0).flatten(0, 1)
     wanted = attention.o_proj.weight @ values
     torch.testing.assert_close(found[f"{NAMES[0]}.linear.weight"], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [qwen3, gemma3])
+def test_each_fitted_alone_is_what_heal_begins_with(make: Any) -> None:
+    names = [f"model.layers.{n}.self_attn" for n in range(3)]
+    model = make()
+    before = weights(model)
+    batches = {"a": text(12)}
+
+    found = maps_alone(model, Plan(linear=names), kinds(batches, 0.25, list))
+
+    assert list(found) == names and list(own_maps(found)) == names
+    for name in names:
+        alone, plan = make(), Plan(linear=[name])
+        both = mapped(alone, plan, batches["a"][0])
+        samples = samples_of(Patient(alone, both, plan, tuple(kinds(batches, 0.25, list))), "sums", {})
+        for sample in samples:
+            sample.pair.reach()
+        first, _ = fit_step(samples, 4096)
+        assert samples[0].pair.step.branches == (name,)
+        assert_exact(list(found[name].values()), list(first.values()))
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_methods_go_on_from_each_other_and_the_first_attention_goes_on_counting() -> None:

@@ -486,6 +486,15 @@ class TestOtherModels:
         assert torch.equal(logits(model, ids), logits(reference, ids))
 
 
+def test_any_number_of_models_of_a_class_can_be_pruned_in_a_process() -> None:
+    """Dynamo compiles the forward of a class a few times, and then no more: a search prunes many copies of a model."""
+    plan, models = Plan(linear=attentions(0)), [llama(2) for _ in range(5)]
+    fxfuse.prune(models[0], plan)  # the backend is set up now
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for model in models[1:]:
+            fxfuse.prune(model, plan)
+
+
 def test_where_torch_compile_is_switched_off_the_message_says_so() -> None:
     model = llama(2)
 

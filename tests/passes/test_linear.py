@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fxfuse.passes import apply_plan, linear, parallelize
+from fxfuse.passes.linear import OwnMap
 from fxfuse.plan import Plan
 from tests.models.blocks import (
     WIDTH,
@@ -110,6 +111,47 @@ class Wide(Attention):
     def forward(self, x: Tensor) -> Tensor:
         mixed = F.scaled_dot_product_attention(self.heads(self.q(x)), *self.key_value(x), is_causal=True)
         return self.o(mixed.transpose(1, 2).reshape(*x.shape[:2], 12))
+
+
+class WideFromTwoSteps(Wide):
+    """Adds the bias of its projection in a step of its own, and doubles what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * (super().forward(x) + self.bias)
+
+
+@pytest.mark.parametrize(("attention", "factor"), [(Wide, 1), (WideFromTwoSteps, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+@on_every_road
+def test_where_the_projection_does_not_fit_another_map_is_taken(
+    road: str, attention: Callable[[], nn.Module], factor: int, bias: bool
+) -> None:
+    class Wider(Decoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers[0].attn = attention()
+
+    model = ready(Wider())
+    weight, shift = torch.randn(WIDTH, WIDTH).double(), torch.randn(WIDTH).double() if bias else None
+    traced = trace(model, vectors(), road=road)
+
+    linear(traced.gm, ATTENTIONS, {ATTENTIONS[0]: OwnMap(weight, shift)})
+
+    h = vectors() * 1.5
+    h = h + factor * F.linear(model.layers[0].attn_norm(h), weight, shift)
+    h = h + model.mlp(0, h)
+    h = h + mapped(model, 1, h)
+    h = h + model.mlp(1, h)
+    h = h + model.attn(2, h) if model.depth > 2 else h
+    h = h + model.mlp(2, h) if model.depth > 2 else h
+    assert_same(traced(), model.head(model.norm(h)))
+    assert_no_dead_nodes(traced.gm)
+    assert traced[ATTENTIONS[0]].kind == "linear"
+    assert linear(traced.gm, ATTENTIONS) == linear(traced.gm, [])
 
 
 class Gated(Attention):

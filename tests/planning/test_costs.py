@@ -12,6 +12,7 @@ from fxfuse.bench import branches as module
 from fxfuse.bench.timing import Samples
 from fxfuse.errors import OptionError, PlanError, RecordError
 from fxfuse.planning.costs import Costs, Use, measure_costs
+from tests.healing.test_own_maps import qwen3
 from tests.models.checks import assert_exact
 from tests.models.tiny import llama, planned, tokens
 from tests.planning.costs import costs_of
@@ -83,6 +84,15 @@ class TestMeasured:
         assert attention.linear_parameters < attention.parameters
         assert [len(branch.groups) for branch in costs.branches] == [0, 2] * 3
         assert all(all(time > 0 for time in branch.groups) for branch in costs.branches)
+
+    def test_a_map_is_timed_too_where_no_projection_of_the_model_can_be_one(self) -> None:
+        model = qwen3(torch.float32)
+        costs = measure_costs(model, tokens(2, 8), max_group=1, inner="eager", repeats=1)
+        norm = model.model.layers[1].input_layernorm.weight
+        for layer in range(3):
+            own = costs[f"model.layers.{layer}.self_attn"]
+            assert own.linear is not None and own.linear > 0
+            assert own.linear_parameters == (32 * 32 + norm.numel()) * 4
 
     def test_branches_of_one_shape_are_measured_once(self, costs: Costs) -> None:
         assert len({branch.seconds for branch in costs.branches}) == 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from fxfuse.healing.text import kinds
 from fxfuse.measure.recording import Recording
 from fxfuse.planning import Effort, Search, Targets, find_plan, make_plan
 from fxfuse.planning import find as module
+from tests.healing.test_own_maps import gemma3, qwen3, reference
 from tests.models.tiny import llama, planned, silenced, tokens
 from tests.planning.costs import costs_of
 
@@ -209,6 +211,22 @@ class TestLinear:
             made.model.layers[n].self_attn = Mapped(*maps[name].values())
             kl = fxfuse.evaluate(made, batches, llama(3)).kl
             assert found.edits[Plan(linear=[name])] == pytest.approx(kl, rel=1e-6)  # float32 logits
+
+    @pytest.mark.parametrize("make", [qwen3, gemma3])
+    def test_one_that_no_projection_of_the_model_can_be_takes_part(self, make: Any, batches: Batches) -> None:
+        """Where the heads are wider together than the stream, as in Qwen3 and Gemma 3."""
+        text = {"any": self.TEXT["one"][:3]}
+        recording = fxfuse.record(make(), batches[:1])
+        names = [f"model.layers.{n}.self_attn" for n in range(3)]
+        effort, target = replace(self.ONE, pool=4, healed=4), Targets(kv_bytes=2 * 64)  # of three caches
+        found = find_plan(recording, make(), batches, target, costs_of(recording), heal_on=text, effort=effort)
+
+        maps = maps_alone(make(), Plan(linear=names), kinds(text, 0.2, list))
+        for name in names:
+            kl = fxfuse.evaluate(reference(make(), maps[name], [name]), batches, make()).kl
+            assert found.edits[Plan(linear=[name])] == pytest.approx(kl, rel=1e-6)
+        healed = [trial.healed for trial in found.trials if trial.plan.linear]
+        assert healed and all(kl is not None and math.isfinite(kl) for kl in healed)
 
     def test_other_text_to_fit_on_measures_maps_anew_and_nothing_else(
         self, recorded: Recording, batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -47,7 +47,7 @@ Kinds = Mapping[str, Sequence[Batch]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: the defaults take half an hour for a model of 135M parameters on two cores.
+    """How much of everything: the defaults take a quarter of an hour for a model of 135M parameters on two cores.
 
     Attributes:
         length: tokens in a sequence.
@@ -63,12 +63,12 @@ class Sizes:
     record: int = 1024
     search: int = 1024
     heal: int = 12_288
-    own: int = 8192
-    judge: int = 6144
+    own: int = 4096
+    judge: int = 4096
     prompt: int = 128
     context: int = 2048
     repeats: int = 21
-    effort: Effort = field(default_factory=lambda: Effort(pool=3, healed=2, patience=2, minutes=6, heal_tokens=4096))
+    effort: Effort = field(default_factory=lambda: Effort(pool=3, healed=1, patience=1, minutes=4, heal_tokens=4096))
 
 
 @dataclass(frozen=True)

@@ -220,11 +220,11 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="where the files go")] = Path("demo"),
     target_latency: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="share of the original's decode time that the plan may take")
-    ] = 0.9,
+    ] = 0.95,
     dtype: CastTo = None,
     json: Json = False,
 ) -> None:
-    """The whole way of a model, in half an hour on two cores, with one table last.
+    """The whole way of a model, in a quarter of an hour on two cores, with one table last.
 
     Records it, measures what its branches cost, searches the plan of least KL
     that decodes in --target-latency of the time, heals it, judges it on text

@@ -228,9 +228,9 @@ def zero_maps(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> dict[str, Own
 
 def _with_own(graph: Canonical, branch: Branch, ends: Ends, facts: Facts, own: OwnMap) -> Ends:
     """The branch with a map of its own as its last projection, which still reads what that one read."""
-    users, number = list(ends.product.users), len(dict(graph.gm.named_buffers()))
-    after = projection(users[0], facts.weights) if len(users) == 1 else None
-    last = ends.product if after is None or after.bias is None else users[0]  # a bias may be added in a second step
+    last, number = _with_bias(ends, facts), len(dict(graph.gm.named_buffers()))
+    if not same_shape(last, ends.product):
+        raise PlanError(f"{branch.name!r} cannot be made linear: the bias of its projection is added in another shape")
     given: list[fx.Node] = []
     for name, tensor in (("weight", own.weight), ("bias", own.bias)):
         if tensor is not None:
@@ -240,6 +240,17 @@ def _with_own(graph: Canonical, branch: Branch, ends: Ends, facts: Facts, own: O
                 given.append(graph.graph.get_attr(held))
     last.op, last.target, last.args, last.kwargs = "call_function", F.linear, (ends.source, *given), {}
     return replace(ends, product=last)
+
+
+def _with_bias(ends: Ends, facts: Facts) -> fx.Node:
+    """The last product, or the sum that adds a bias to it in a step of its own."""
+    node, made = ends.product, ends.output
+    while made.bias is None and len(node.users) == 1:
+        node = next(iter(node.users))
+        if (after := projection(node, facts.weights)) is None:
+            return ends.product
+        made = after
+    return ends.product if made.bias is None else node
 
 
 def _rewrite(graph: Canonical, branch: Branch, ends: Ends, owners: Mapping[fx.Node, int]) -> int:

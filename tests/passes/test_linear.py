@@ -124,7 +124,18 @@ class WideFromTwoSteps(Wide):
         return 2 * (super().forward(x) + self.bias)
 
 
-@pytest.mark.parametrize(("attention", "factor"), [(Wide, 1), (WideFromTwoSteps, 2)])
+class WideFlattened(Wide):
+    """Has a bias, and views of its output follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o = nn.Linear(12, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(-1, WIDTH).view(x.shape)
+
+
+@pytest.mark.parametrize(("attention", "factor"), [(Wide, 1), (WideFromTwoSteps, 2), (WideFlattened, 1)])
 @pytest.mark.parametrize("bias", [True, False])
 @on_every_road
 def test_where_the_projection_does_not_fit_another_map_is_taken(

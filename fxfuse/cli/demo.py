@@ -47,7 +47,7 @@ Kinds = Mapping[str, Sequence[Batch]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: the defaults take a quarter of an hour for a model of 135M parameters on two cores.
+    """How much of everything: the defaults take twenty-five minutes for a model of 135M parameters on two cores.
 
     Attributes:
         length: tokens in a sequence.

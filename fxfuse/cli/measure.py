@@ -143,6 +143,7 @@ def plan(
         if model is None:
             raise OptionError("a target is reached by measuring: give --model")
         loaded = load_unplanned(model, dtype)
+        recorded.check(loaded.model)  # before minutes go into measuring
         read = list(batches(loaded, text, "plan", length, tokens, 1))
         costs = _costs(loaded, read, context, phase, device, tp, not json)
         state = output.with_name(f"{output.name}.search")

@@ -112,6 +112,7 @@ def make_plan(
             if costs is None:
                 raise OptionError("what a plan saves is measured: give costs, or model and batches")
             return lead(recording, targets, costs, look.max_group)
+        recording.check(original(model))  # before minutes go into measuring
         given = first_tokens(batches, max_tokens)
         known = measure_costs(model, prompt(given, CONTEXT), progress=progress) if costs is None else costs
         found = find_plan(

@@ -170,6 +170,7 @@ def test_what_the_system_refuses_is_said_in_one_line(
         (("plan", "{recording}", "--heal"), "--heal is part of a search"),
         (("plan", "{recording}", "--score", "kll"), "there is no score 'kll'"),
         (("plan", "{recording}", "--model", "{other}", *SMALL), "recording of another model"),
+        (("plan", "{recording}", "--model", "{other}", "--target-latency", "0.9", "--text", "no.txt"), "another model"),
         (("eval", "{model}", "--plan", "nowhere.json"), "cannot be read"),
     ],
 )

@@ -86,6 +86,10 @@ class TestErrors:
         with pytest.raises(RecordError, match="recording of another model"):
             make_plan(recording("afafaf", kl=KL), llama(1), [], max_kl=1.0)
 
+    def test_it_is_one_before_anything_is_measured(self) -> None:
+        with pytest.raises(RecordError, match="recording of another model"):  # and not that there is no batch
+            make_plan(recording("afafaf", kl=KL), llama(1), [], target_latency=0.9)
+
 
 @pytest.fixture(scope="module")
 def batches() -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ healed on other topics, on docstrings of the standard library, and on text that 
 
 ``--how`` names methods of heal, "linear, " before those that put linear maps in the attentions' places, and peers that
 do with as many attentions what they do in closed form (healing_peers.py). ``--time`` compiles the plans of FILE and
-times decode steps. FILE is written after each row; the same command goes on where it was. What comes back is compared
+times decode steps; with ``--costs``, where none was timed, the table has ~ and what they take as measured branches add
+up. FILE is written after each row; the same command goes on where it was. What comes back is compared
 with the attentions dropped. Minutes hold for a machine with other work on it, where ``load`` is above 1.
 """
 
@@ -41,6 +42,7 @@ from fxfuse.data.loading import load
 from fxfuse.data.own_text import written_by
 from fxfuse.data.text import batches_of, docstrings, python_documentation
 from fxfuse.measure.planned import Planned
+from fxfuse.planning import Costs
 
 LICENCES = Path("/usr/share/common-licenses")
 
@@ -91,8 +93,8 @@ class Sizes:
 class Bench:
     """The model, the texts, and the rows that are done."""
 
-    def __init__(self, sizes: Sizes, path: Path) -> None:
-        self.sizes, self.path = sizes, path
+    def __init__(self, sizes: Sizes, path: Path, times: Costs | None) -> None:
+        self.sizes, self.path, self.times = sizes, path, times
         self.loaded = load("smollm2", torch.float32)
         self.model: nn.Module = self.loaded.model
         made = json.loads(path.read_text()) if path.exists() else {}
@@ -214,8 +216,14 @@ class Bench:
         cells = [row["plan"], row["how"], *(f"{number:.3f}" for number in numbers)]
         healed = row["how"] not in ("original", "unhealed")
         cells += [f"{1 - row[text]['kl'] / unhealed[text]['kl']:.0%}" if healed else "" for text in ("near", "far")]
-        cells += [f"{row['minutes']:.0f}" if healed else "", f"{row['decode']:.3f}" if "decode" in row else ""]
+        cells += [f"{row['minutes']:.0f}" if healed else "", self.decode(row)]
         print(f"| {' | '.join(cells)} |", flush=True)
+
+    def decode(self, row: Mapping[str, Any]) -> str:
+        """What a decode step takes under the plan of a row, as a share of the model's without one."""
+        if "decode" in row or "edits" not in row or self.times is None:
+            return f"{row['decode']:.3f}" if "decode" in row else ""
+        return f"~{self.times.of(Plan.model_validate(row['edits'])).seconds / self.times.whole:.3f}"
 
     def time(self, context: int, repeats: int) -> None:
         """Give each row with edits the time of a decode step, relative to the model's without a plan."""
@@ -253,6 +261,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["3", "6", "6+3", "9", "9+4", "12", "6L"])
     parser.add_argument("--how", nargs="+", default=["fit", "linear, fit", *PEERS])
     parser.add_argument("--time", action="store_true", help="time the plans of the file; the machine has to be calm")
+    parser.add_argument("--costs", type=Path, help="of branches, as results/costs_smollm2.json, for what is not timed")
     parser.add_argument("--tokens", type=int, default=16384, help="of each of three kinds of text to heal on")
     parser.add_argument("--judge", type=int, default=8192, help="tokens of each text that judges")
     parser.add_argument("--record", type=int, default=2048, help="tokens to record")
@@ -262,7 +271,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check_writable(arguments.json)
     sizes = Sizes(arguments.tokens, arguments.judge, arguments.record, arguments.length)
-    bench = Bench(sizes, arguments.json)
+    bench = Bench(sizes, arguments.json, None if arguments.costs is None else Costs.load(arguments.costs))
     print(Machine.here())
     print("| plan | | KL near | KL far | perplexity near | far | back near | far | minutes | decode |")
     print("|---" * 10 + "|")

@@ -66,19 +66,19 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
 
     Symbolic sizes are equal if that can be proved: ``s0`` and ``s0 * s1 // s1`` are.
     """
-    first, second = value(a), value(b)
-    if first is None or second is None:
-        return True
-    pairs = zip(first.shape, second.shape, strict=True) if first.dim() == second.dim() else None
-    return pairs is not None and all(_same_size(one, other) for one, other in pairs)
+    return _same_sizes(a, b, None)
 
 
 def same_rows(a: fx.Node, b: fx.Node) -> bool:
     """The same of their sizes but the last."""
+    return _same_sizes(a, b, -1)
+
+
+def _same_sizes(a: fx.Node, b: fx.Node, end: int | None) -> bool:
     first, second = value(a), value(b)
     if first is None or second is None:
         return True
-    return first.dim() == second.dim() and all(map(_same_size, first.shape[:-1], second.shape[:-1]))
+    return first.dim() == second.dim() and all(map(_same_size, first.shape[:end], second.shape[:end]))
 
 
 def _same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:

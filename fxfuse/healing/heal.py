@@ -47,7 +47,7 @@ class Healing:
 
     Attributes:
         outcomes: of each step of "fit" and "local", in the order in which they were made.
-        kl: by kind of text, on the batches that were held out.
+        kl: by kind of text, on those of the tokens held out that judge.
         share: how much of its change was kept of the last method of which any was: 0 means that the weights are as they
             were.
         tokens: how many were fitted to, and held out.

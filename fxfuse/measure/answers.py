@@ -22,15 +22,16 @@ class Answers:
 
     def __init__(self, model: Model, most: float = math.inf) -> None:
         self._model, self._left = model, most
-        self._known: dict[int, tuple[object, Tensor]] = {}
+        self._known: dict[tuple[int, ...], tuple[object, Tensor]] = {}
 
     def __call__(self, **batch: object) -> Tensor | None:
-        """The logits, or None if the model returns none; a batch is known by its very ``input_ids``."""
-        ids = batch.get("input_ids")
-        if (known := self._known.get(id(ids))) is not None:
+        """The logits, or None if the model returns none; a batch is known by its very tensors."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        key = tuple(map(id, tensors.values()))
+        if (known := self._known.get(key)) is not None:
             return known[1]
         logits = logits_of(self._model(**on_device_of(self._model, batch)))
         if logits is not None and (size := logits.numel() * logits.element_size()) <= self._left:
             self._left -= size
-            self._known[id(ids)] = ids, logits  # the ids are kept, so that no other tensor takes their place
+            self._known[key] = tensors, logits  # they are kept, so that no other tensor takes the place of one
         return logits

@@ -19,6 +19,7 @@ from fxfuse.healing.pair import Pair, pairs
 from fxfuse.healing.stages import weighed
 from fxfuse.healing.steps import Sample, front_to_back
 from fxfuse.healing.text import kinds
+from fxfuse.measure.answers import Answers
 from fxfuse.measure.evaluation import Metrics
 from tests.healing.test_heal import DROP, text, trained
 from tests.models.language import EDITS, language, sentences
@@ -99,6 +100,26 @@ def test_where_it_is_chosen_what_is_kept(
     verdict, _ = Judge(model, model, Plan(**EDITS), parts, False)("fit", change)
 
     assert verdict.share == share
+
+
+def test_few_tokens_judge_and_the_original_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Asked(Answers):
+        def __call__(self, **batch: Any) -> Any:
+            before = len(self._known)
+            made = super().__call__(**batch)
+            asked.append(len(self._known) - before)
+            return made
+
+    monkeypatch.setattr("fxfuse.healing.judge.Answers", Asked)
+    monkeypatch.setattr("fxfuse.healing.judge.TOKENS", 15)  # of batches of ten
+    model = language()
+    name = "layers.0.mlp.down.weight"
+    change = Change(model, {}, {name: model.get_parameter(name) + 1})
+    Judge(model, model, Plan(**EDITS), kinds(sentences(8), 0.5, list), False)("fit", change)
+
+    assert asked == [1, 1] + [0, 0] * 4  # two batches of the four that are held out: before, and at each share
 
 
 def test_the_weights_of_kinds_are_one_on_the_average() -> None:

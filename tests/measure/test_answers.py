@@ -30,6 +30,16 @@ def test_the_model_is_asked_once() -> None:
     assert model.asked == 2
 
 
+def test_the_same_ids_under_another_mask_are_another_batch() -> None:
+    model, ids = Counting(), torch.tensor([[0, 3]])
+    answers = Answers(model)
+
+    for mask in (torch.ones(1, 2), torch.tensor([[1, 0]])):
+        answers(input_ids=ids, attention_mask=mask)
+        answers(input_ids=ids, attention_mask=mask)
+    assert model.asked == 2
+
+
 def test_what_takes_too_much_is_asked_for_again() -> None:
     model, short, long = Counting(), torch.tensor([[0]]), torch.tensor([[1, 2, 3]])
     answers = Answers(model, most=2 * 4 * 4)

@@ -231,6 +231,8 @@ def _with_own(graph: Canonical, branch: Branch, ends: Ends, facts: Facts, own: O
     last, number = _with_bias(ends, facts), len(dict(graph.gm.named_buffers()))
     if not same_shape(last, ends.product):
         raise PlanError(f"{branch.name!r} cannot be made linear: the bias of its projection is added in another shape")
+    if not any(same_rows(node, ends.source) for node in (*ends.read, ends.input)):
+        raise PlanError(f"{branch.name!r} cannot be made linear: it flattens what it reads, and the map would not fit")
     given: list[fx.Node] = []
     for name, tensor in (("weight", own.weight), ("bias", own.bias)):
         if tensor is not None:
@@ -271,8 +273,6 @@ def _input_like_source(graph: Canonical, branch: Branch, ends: Ends) -> fx.Node:
     """What the first projections read, in the shape and dtype of what the output projection reads."""
     like = same_shape if ends.output.fan_in == ends.width else same_rows
     made = next((node for node in (*ends.read, ends.input) if like(node, ends.source)), None)
-    if made is None and like is same_rows:
-        raise PlanError(f"{branch.name!r} cannot be made linear: it flattens what it reads, and the map would not fit")
     with graph.graph.inserting_before(ends.product):
         made = shaped(graph.graph, ends.input, ends.source) if made is None else made
         wanted, known = dtype(ends.source), value(made)

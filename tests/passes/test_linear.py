@@ -165,6 +165,22 @@ def test_where_the_projection_does_not_fit_another_map_is_taken(
     assert linear(traced.gm, ATTENTIONS) == linear(traced.gm, [])
 
 
+@on_both_roads
+def test_no_other_map_is_taken_by_one_that_flattens_its_tokens(road: str) -> None:
+    class WideAndFlat(Wide):
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = F.scaled_dot_product_attention(self.heads(self.q(x)), *self.key_value(x), is_causal=True)
+            return self.o(mixed.transpose(1, 2).reshape(-1, 12)).view(x.shape)
+
+    traced = trace(ready(Stream(WideAndFlat(), SwiGLU())), vectors(), road=road)
+    (name,) = [branch.name for branch in traced.stream.branches if branch.kind == "attention"]
+    own = OwnMap(torch.zeros(WIDTH, WIDTH).double())
+    before = dict(traced.gm.named_buffers())
+
+    assert_refused(traced, lambda gm: linear(gm, [name], {name: own}), "it flattens what it reads")
+    assert dict(traced.gm.named_buffers()).keys() == before.keys()
+
+
 class Gated(Attention):
     def __init__(self) -> None:
         super().__init__()

@@ -212,6 +212,7 @@ class TestLinear:
             kl = fxfuse.evaluate(made, batches, llama(3)).kl
             assert found.edits[Plan(linear=[name])] == pytest.approx(kl, rel=1e-6)  # float32 logits
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [qwen3, gemma3])
     def test_one_that_no_projection_of_the_model_can_be_takes_part(self, make: Any, batches: Batches) -> None:
         """Where the heads are wider together than the stream, as in Qwen3 and Gemma 3."""

@@ -4,15 +4,16 @@
 
 SmolLM2-135M. For each plan the perplexity and the KL to the original, unhealed, and healed in several ways. A plan 6+3
 drops the six attentions of least recorded KL and fuses three pairs of the FFNs that are then neighbours; one with L
-takes the attentions that cost least, each alone, as linear maps. They are measured on two kinds of text that take part
-in nothing else: "near", topics of Python's documentation that were not healed on, and "far", licence texts. It is
-healed on other topics, on docstrings of the standard library, and on text that the model writes itself.
+takes the attentions that cost least, each alone, as linear maps; "half" and the like are those that engines serve
+(serving/plans.py). They are measured on two kinds of text that take part in nothing else: "near", topics of Python's
+documentation that were not healed on, and "far", licence texts. It is healed on other topics, on docstrings of the
+standard library, and on text that the model writes itself.
 
 ``--how`` names methods of heal, "linear, " before those that put linear maps in the attentions' places, and peers that
 do with as many attentions what they do in closed form (healing_peers.py). ``--time`` compiles the plans of FILE and
 times decode steps; with ``--costs``, where none was timed, the table has ~ and what they take as measured branches add
-up. FILE is written after each row; the same command goes on where it was. What comes back is compared
-with the attentions dropped. Minutes hold for a machine with other work on it, where ``load`` is above 1.
+up. FILE is written after each row; the same command goes on where it was. What comes back is compared with the
+attentions dropped. Minutes hold for a machine with other work on it, where ``load`` is above 1.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from healing_peers import linear_maps, nbl, skip
 from safetensors.torch import load_file, save
+from serving.plans import PLANS
 from torch import Tensor, nn
 
 import fxfuse
@@ -161,7 +163,9 @@ class Bench:
         return made_before
 
     def plan(self, name: str) -> Plan:
-        """The plan that ``name`` says: 6+3 drops six attentions and fuses three pairs."""
+        """The plan that ``name`` says: 6+3 drops six attentions and fuses three pairs; or one that engines serve."""
+        if name in PLANS:
+            return PLANS[name]
         drops, _, pairs = name.partition("+")
         if drops.endswith("L"):
             cheapest = sorted(self.costs, key=self.costs.__getitem__)[: int(drops[:-1])]

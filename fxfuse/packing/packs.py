@@ -99,7 +99,8 @@ class Pack:
             made = [part.compute(members).detach() for part in self.recipe.parts]
             self._sizes = [part.shape[self.recipe.dim] if part.dim() else 1 for part in made]
             self._strategy = strategy_of(made, self._weights)
-            self.tensor = self._strategy.join(made, self.recipe.dim)
+            owners = [None if part.member is None else members[part.member] for part in self.recipe.parts]
+            self.tensor = self._strategy.gather(made, owners, self.recipe.dim)
             self._regions = self._strategy.regions(self.tensor, self._sizes, self.recipe.dim)
         mark_static_address(self.tensor)
         self._settle(members)

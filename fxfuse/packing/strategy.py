@@ -40,6 +40,13 @@ class Copied:
         """The parts in one tensor along ``dim``, in memory of its own."""
         return torch.cat(list(made), dim) if len(made) > 1 else made[0].clone()
 
+    def gather(self, made: list[Tensor], owners: Sequence[Tensor | None], dim: int) -> Tensor:
+        """``made``, joined; ``owners`` are the weights that are parts as they stand, and None for each other part.
+
+        Takes parts out of ``made`` that are not needed any more.
+        """
+        return self.join(made, dim)
+
     def regions(self, packed: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
         """The parts as they lie in ``packed``; a write to one is a write to it."""
         return (packed,) if len(sizes) == 1 else tuple(torch.split(packed, list(sizes), dim))
@@ -71,16 +78,34 @@ class Shared(Copied):
     folds = False
     moves = True
 
+    def gather(self, made: list[Tensor], owners: Sequence[Tensor | None], dim: int) -> Tensor:
+        for owner in owners:
+            self._check(owner)
+        if len(made) == 1:
+            return super().gather(made, owners, dim)
+        sizes = [part.shape[dim] for part in made]
+        joined = torch.cat([part.to("meta") for part in made], dim)
+        packed = torch.empty(joined.shape, dtype=joined.dtype, device=made[0].device)
+        for owner, region in zip(owners, self.regions(packed, sizes, dim), strict=True):
+            region.copy_(made.pop(0))
+            if owner is not None:
+                self.adopt(owner, region)  # one after the other: its old memory makes room for the next
+        return packed
+
     def shares(self, member: Tensor, region: Tensor) -> bool:
         return member.data_ptr() == region.data_ptr()
 
     def adopt(self, member: Tensor, region: Tensor) -> None:
-        if member.is_inference():
+        self._check(member)
+        member.data = region
+
+    @staticmethod
+    def _check(member: Tensor | None) -> None:
+        if member is not None and member.is_inference():
             raise OptionError(
                 "weights='share' cannot take the memory of weights that were made in inference_mode: "
                 "load the model outside of it, or use weights='copy'"
             )
-        member.data = region
 
 
 class Opaque(Copied):

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.packing.packs import Pack
 from fxfuse.packing.recipe import Part, Recipe
@@ -114,3 +116,23 @@ def test_only_shared_weights_become_views_of_what_is_packed() -> None:
         strategy.adopt(member, region)
 
         assert strategy.shares(member, region) == (mode == "share") == (member.data_ptr() == region.data_ptr())
+
+
+def test_each_shared_weight_frees_its_memory_before_the_next_is_copied() -> None:
+    members = [nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
+    values = torch.cat([member.detach().clone() for member in members])
+    old = [StorageWeakRef(member.untyped_storage()) for member in members]
+    alive: list[int] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                alive.append(sum(not storage.expired() for storage in old))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watched():
+        packed = Shared().gather([member.detach() for member in members], members, 0)
+
+    assert alive == [3, 2, 1]
+    assert torch.equal(packed, values)
+    assert all(member.untyped_storage().data_ptr() == packed.data_ptr() for member in members)

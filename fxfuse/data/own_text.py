@@ -20,7 +20,7 @@ def written_by(
     model: nn.Module,
     tokens: int,
     length: int = 256,
-    batch: int = 16,
+    batch: int = 64,
     rows: int = 2,
     seed: int = 0,
     progress: bool = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +16,21 @@ from fxfuse.report.explanation import BranchInfo
 from fxfuse.report.possible import LONELY
 from tests.zoo.anatomy import Anatomy, Block, dissect
 from tests.zoo.nets import Entry, Net, by_default
-from tests.zoo.reference import in_parallel, multiplies_its_stream, outputs, silenced
+from tests.zoo.reference import (
+    in_parallel,
+    made_linear,
+    multiplies_its_stream,
+    narrowed,
+    outputs,
+    silenced,
+    width_read,
+)
 
 TOLERANCE = 1e-8
 RATIO = 2.0
 """How much larger the error of a fused model in float32 may be than that of the model itself in float32."""
+
+EXACT, OFF = "exact", "off by "
 
 ROUNDED = "to fold it would spare that rounding"
 """What the library says of norms that compute in float32 in a model that is in float64."""
@@ -46,6 +57,8 @@ class Result:
         planned_error: of the compiled model under the plan, to the reference.
         effect: how far the reference under the plan is from the model.
         single: where norms that are float32 in any model keep FFNs apart in float64, what becomes of them in float32.
+        narrow, linear: what came of a plan that narrows one FFN, and of one that makes one attention linear: "exact",
+            how far off it was, or why it was not compared.
         ratio: of the error under the plan in float32 to that of the reference in float32, both to float64.
         seconds: that all of it took.
     """
@@ -65,6 +78,8 @@ class Result:
     empty_error: float | None = None
     planned_error: float | None = None
     effect: float | None = None
+    narrow: str = ""
+    linear: str = ""
     single: dict[str, str] = field(default_factory=dict)
     ratio: float | None = None
     seconds: float = 0.0
@@ -74,6 +89,7 @@ class Result:
         """Whether all comparisons came out equal and told something; that under an empty plan must have been made."""
         told = self.effect is None or self.effect > 100 * TOLERANCE
         equal = (self.planned_error or 0) <= TOLERANCE and (self.ratio or 0) <= RATIO
+        equal = equal and not (self.narrow + self.linear).count(OFF)
         return not self.failed and self.empty_error is not None and self.empty_error <= TOLERANCE and equal and told
 
     @property
@@ -116,6 +132,7 @@ def _check(net: Net, result: Result) -> None:
     reasons = [b.reason for b in ffns if b.reason not in ("", LONELY)]
     result.refusals = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
     result.empty_error = error(_compiled(net, alone), plain)
+    result.narrow, result.linear = (_alone(net, anatomy, found.branches, plain, kind) for kind in ("ffn", "attention"))
     planned = choose(anatomy, found.branches) if found.branches else _no_stream(found)
     if isinstance(planned, str):
         result.unplanned = planned
@@ -148,6 +165,53 @@ def _check(net: Net, result: Result) -> None:
     if any(ROUNDED in why for why in result.fused.values()):
         with by_default(torch.float32):
             _check_single(net.single(), plan, blocks, expected, result)
+
+
+def _alone(
+    net: Net, anatomy: Anatomy, branches: Sequence[BranchInfo], plain: Tensor, part: Literal["ffn", "attention"]
+) -> str:
+    """Narrow the first FFN that is alone in its layer to every other unit, or make the first such attention linear."""
+    pairs = (
+        (site, found)
+        for stack in anatomy.stacks[:1]
+        for block in stack
+        for site in block.sites
+        if site.part == part and sum(other.part == part for other in block.sites) == 1
+        if len(found := [b for b in _branches_of(block, branches) if b.kind.endswith(part)]) == 1
+    )
+    site, found = next(pairs, (None, []))
+    if site is None:
+        return f"no layer with one {part}"
+    name = found[0].name
+    if part == "ffn":
+        keep = [unit % 2 == 0 for unit in range(width_read(net.model, net.inputs, site.last))]
+        plan = fxfuse.Plan(narrow={name: range(0, len(keep), 2)})
+        changed = narrowed(site.last, keep)
+    else:
+        plan, changed = fxfuse.Plan(linear=[name]), made_linear(net.model.get_submodule(site.path), site.last)
+    try:
+        made = _compiled(net, plan)
+    except Exception as refusal:
+        return _reason(refusal)
+    try:
+        with changed:
+            expected = outputs(net.model, net.inputs)
+    except ValueError as reason:
+        return f"not compared, because {reason}"
+    far, effect = error(made, expected), error(plain, expected)
+    if effect <= 100 * TOLERANCE:
+        return f"{OFF}nothing, and changed nothing"
+    return EXACT if far <= TOLERANCE else f"{OFF}{far:.0e}"
+
+
+def _reason(refusal: Exception) -> str:
+    """Why a plan was refused; any other error goes on."""
+    error: BaseException | None = refusal
+    while error is not None and not isinstance(error, FxfuseError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    if error is None:
+        raise refusal
+    return f"refused: {error}"
 
 
 def _no_stream(found: fxfuse.Explanation) -> str:

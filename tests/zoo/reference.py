@@ -91,6 +91,62 @@ def _nothing(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
     return (torch.zeros_like(out[0]), *out[1:])
 
 
+@contextmanager
+def narrowed(last: nn.Module, keep: Sequence[bool]) -> Iterator[None]:
+    """Of the features that ``last``, the down projection of an FFN, reads, all are zero but those of ``keep``."""
+    mask = torch.tensor(keep)
+    handle = last.register_forward_pre_hook(lambda module, args: (args[0] * mask, *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def made_linear(attention: nn.Module, last: nn.Module) -> Iterator[None]:
+    """``last``, the output projection of ``attention``, reads what the queries and keys are made of: its norm's output.
+
+    Raises:
+        ValueError: it reads another number of features.
+    """
+    read: list[Tensor] = []
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{type(module).__name__} does not take the stream first")
+        read[:] = [given]
+
+    def normalise(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if read and args and args[0] is read[0]:
+            read[:] = [out]
+
+    def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if args[0].shape[-1] != read[0].shape[-1]:
+            raise ValueError(f"its output projection reads {args[0].shape[-1]} features of {read[0].shape[-1]}")
+        return (read[0].reshape(args[0].shape), *args[1:])
+
+    norms = [inner for inner in attention.children() if type(inner).__name__.endswith("Norm")]
+    handles = [attention.register_forward_pre_hook(begin, with_kwargs=True), last.register_forward_pre_hook(replace)]
+    handles += [norm.register_forward_hook(normalise) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def width_read(model: Any, inputs: Mapping[str, Tensor], last: nn.Module) -> int:
+    """How many features ``last`` reads when the model is called."""
+    seen: list[int] = []
+    handle = last.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    try:
+        outputs(model, inputs)
+    finally:
+        handle.remove()
+    return seen[-1]
+
+
 class _Run:
     """The layers of one group, as they are called one after the other."""
 

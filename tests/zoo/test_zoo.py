@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.models.well_known import LAYERS as BY_HAND
 from tests.models.well_known import NanoGPT
 from tests.zoo.anatomy import Block, Site, dissect
-from tests.zoo.check import Result, check
+from tests.zoo.check import EXACT, OFF, Result, check
 from tests.zoo.configs import HEADS, LAYERS, WIDTH, tiny
 from tests.zoo.nets import entries
 from tests.zoo.page import page
@@ -43,6 +43,8 @@ def test_a_net_is_understood_and_its_plan_is_computed(name: str, ffns: int, atte
     assert not result.miscounted
     assert set((result.single or result.fused).values()) == fate
     assert result.exact and result.planned_error is not None
+    assert result.linear == EXACT
+    assert result.narrow == EXACT or (fate == {"gate_up"} and "not a linear projection but a norm" in result.narrow)
 
 
 def test_every_causal_language_model_is_in_the_zoo() -> None:
@@ -121,9 +123,13 @@ def test_the_reference_refuses_layers_that_are_not_of_one_stream() -> None:
         ({"effect": 0.0}, False),  # a plan that changes nothing proves nothing
         ({"ratio": 1.9}, True),
         ({"ratio": 2.1}, False),
+        ({"narrow": "refused: its experts are routed", "linear": EXACT}, True),
+        ({"narrow": OFF + "2e-03"}, False),
     ],
 )
-def test_a_net_is_exact_if_all_was_compared_and_told_something(change: dict[str, float | None], exact: bool) -> None:
+def test_a_net_is_exact_if_all_was_compared_and_told_something(
+    change: dict[str, float | str | None], exact: bool
+) -> None:
     result = Result("Good", "by hand", built=True, empty_error=0.0, planned_error=1e-12, effect=0.3)
 
     assert replace(result, **change).exact == exact  # type: ignore[arg-type]
@@ -138,14 +144,16 @@ def test_counts_that_differ_are_told() -> None:
 
 
 def test_the_page_says_what_is_wrong() -> None:
+    fates = {"fused": {"a": "wide", "b": "wide"}, "narrow": EXACT, "linear": "refused: why"}
     good = Result("Good", "by hand", built=True, parts={"ffn": 2}, kinds={"ffn": 2}, graphs=1, empty_error=0.0,
-                  planned_error=1e-12, fused={"a": "wide", "b": "wide"})  # fmt: skip
+                  planned_error=1e-12, **fates)  # fmt: skip  # type: ignore[arg-type]
     wrong = replace(good, name="Wrong", planned_error=0.5)
     unbuilt = Result("Unbuilt", "by hand", failed="ValueError: no | such size")
 
     text = page([good, wrong, unbuilt])
 
     assert "2 of 3 nets built; 1 exact" in text
-    assert "| Good | 2/2 | 0/0 | 0/0 | wide | exact |  |" in text
+    assert "In 2 an FFN was narrowed, in 0 an attention made linear." in text
+    assert "| Good | 2/2 | 0/0 | 0/0 | wide | yes | no | exact |  |" in text
     assert "| Wrong |" in text and "**wrong**" in text
     assert "- Unbuilt: ValueError: no / such size" in text

@@ -79,6 +79,8 @@ def ends_of(
     if not _all_equal(inputs, points):
         return "its first projections read different values: " + ", ".join(node.name for node in inputs)
     held = inputs[0]
+    if gated := _gated(held, read, body, weights):
+        return f"what its projections read is no norm of the stream: {gated.name} is that times what it projects"
     within = ancestors([held], set(computed))
     before = tuple(node for node in body if node in within)
     if mixing := next((node for node in before if not _leaves_tokens_apart(node)), None):
@@ -87,6 +89,31 @@ def ends_of(
     if not isinstance(width, int) or value(source) is None:
         return f"the graph does not tell the sizes of {held.name}; give the pass example inputs"
     return Ends(read, held, before, output, last[0], source, width)
+
+
+def _gated(
+    held: fx.Node, read: Sequence[fx.Node], body: Sequence[fx.Node], weights: Container[fx.Node]
+) -> fx.Node | None:
+    """The value by which alone all else reads ``held``, and which is made of it both with a product and without one.
+
+    The first projections are a gate's then, and a part of the norm.
+    """
+    reached, straight = {held, *read}, {held, *read}
+    places = {node: place for place, node in enumerate(body)}
+    furthest = -1
+    for place, node in enumerate(body):
+        if node in reached or not (sources := reached.intersection(node.all_input_nodes)):
+            continue
+        if mixes(node) and projection(node, weights) is None:
+            return None  # tokens meet here
+        reached.add(node)
+        if not mixes(node) and not straight.isdisjoint(sources):
+            straight.add(node)
+        uses = (places.get(user, len(body)) for source in (*sources, held) for user in source.users)
+        furthest = max(furthest, *uses)
+        if furthest == place and node in straight:
+            return node
+    return None
 
 
 def is_linear_map(

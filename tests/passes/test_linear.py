@@ -208,6 +208,17 @@ class TwoNorms(Attention):
         return self.attend(x, self.heads(self.k(x)), self.heads(self.v(self.norm(x))))
 
 
+class GatedInput(Attention):
+    """Its norm's output is times a gate, so that the gate's projection comes before those of the attention (AXK2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.sigmoid(self.gate(x)))
+
+
 class OfTorch(nn.Module):
     """PyTorch's own, which some tracers leave one call, and others write out over transposed tokens."""
 
@@ -225,6 +236,7 @@ class OfTorch(nn.Module):
         (Wide, r"reads 12 features, and its input has 8\. fxfuse\.prune and fxfuse\.apply put a linear map of 8 feat"),
         (Gated, "does not end in one linear projection but in "),
         (Shifted, "what its projections read is no norm of the stream: "),
+        (GatedInput, r"what its projections read is no norm of the stream: mul\w* is that times what it projects"),
         (TwoNorms, "its first projections read different values: "),
         (OfTorch, "does not end in one linear projection|transpose is a part of it"),
     ],

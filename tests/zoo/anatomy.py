@@ -29,12 +29,15 @@ _NO_BLOCK = re.compile(r"Norm|Embedding|Rotary|Mask|Activation|Cache|Dropout")
 
 @dataclass(frozen=True)
 class Site:
-    """A part of a block: where it is, what it is, the linear map in it that runs last, and how often a call runs it."""
+    """A part of a block: where it is, what it is, the linear map in it that runs last, how often a call runs it, and
+    whether it has more maps than that one, so that the last is its end.
+    """
 
     path: str
     part: Part
     last: nn.Module
     calls: int
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _named(path: str, module: nn.Module, calls: Mapping[nn.Module, list[int]]) -
     part = _part(module) if maps else None
     if part is not None:
         last = max(maps, key=lambda inner: calls[inner][-1])
-        yield Site(path, part, last, len(calls.get(module, calls[last])))
+        yield Site(path, part, last, len(calls.get(module, calls[last])), len(maps) > 1)
         if part == "moe":
             yield from _shared(path, module, calls)
         return

@@ -183,6 +183,8 @@ def _alone(
     if site is None:
         return f"no layer with one {part}"
     name = found[0].name
+    if part == "ffn" and not site.whole:
+        return "not compared, because its projections are in several modules"
     if part == "ffn":
         keep = [unit % 2 == 0 for unit in range(width_read(net.model, net.inputs, site.last))]
         plan = fxfuse.Plan(narrow={name: range(0, len(keep), 2)})

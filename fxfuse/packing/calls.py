@@ -11,14 +11,21 @@ because each pack holds on to the memory it was made from, so that nothing else 
 (:mod:`fxfuse.packing.fingerprint`). Single values can escape those: so, now and then, a part of a pack is compared as a
 whole with what it should be (:class:`fxfuse.packing.packs.Audit`).
 
+Threads may call one graph while another thread changes weights: each call reads packs of the old weights or of the new
+ones. A pack is written in place only where nobody is reading it, and moves to other memory else; what it is made from
+is noted before it is made, so that a weight that changes meanwhile shows in the next call.
+
 No weak reference points to a parameter: ``torch.utils.swap_tensors`` would refuse it.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
 
@@ -34,6 +41,21 @@ from fxfuse.packing.strategy import Weights
 
 AUDIT_SHARE = 0.0005
 """The share of the time that goes into comparing whole parts of packs."""
+
+
+class _Turn:
+    """Who packs: one thread at a time, and in a forked process not one that stayed behind."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        self.lock = threading.RLock()
+
+
+_TURN = _Turn()
 
 
 def _life(member: Tensor) -> set[None]:
@@ -85,9 +107,10 @@ def refresh(model: nn.Module) -> int:
     but not at once.
     """
     own = {id(weight) for weight in [*model.parameters(), *model.buffers()]}
-    packs = [pack for pack in list(_PACKS.values()) if not pack.ids.isdisjoint(own)]
-    for pack in packs:
-        pack.expire()
+    with _TURN.lock:
+        packs = [pack for pack in list(_PACKS.values()) if not pack.ids.isdisjoint(own)]
+        for pack in packs:
+            pack.expire()
     return len(packs)
 
 
@@ -106,7 +129,7 @@ def _watch_optimizers() -> None:
 
 @dataclass(eq=False)
 class _Bound:
-    """The packs of one set of weights, and the stamp under which they are true."""
+    """The packs of one set of weights, the stamp under which they are true, and the calls that are reading them."""
 
     packs: tuple[Pack, ...]
     tensors: tuple[Tensor, ...]
@@ -114,6 +137,7 @@ class _Bound:
     watches: tuple[Watch, ...]
     audit: Audit
     alive: tuple[weakref.ref[set[None]], ...]  # their callbacks forget this binding when a member dies
+    running: set[object] = field(default_factory=set)
 
     def holds(self, members: Sequence[Tensor], share: float) -> bool:
         """Whether the members' values are those that were packed, as far as can be seen in passing."""
@@ -122,8 +146,9 @@ class _Bound:
                 return False
         if self.audit.passes(members, share):
             return True
-        for pack in self.packs:  # what escaped once may have escaped elsewhere
-            pack.expire()
+        with _TURN.lock:
+            for pack in self.packs:  # what escaped once may have escaped elsewhere
+                pack.expire()
         return False
 
 
@@ -131,8 +156,6 @@ def _watches(packs: Sequence[Pack], before: _Bound | None) -> tuple[Watch, ...]:
     """Watches over all members; those from before, if they watch the same memory."""
     by_member = {member: fingerprint for pack in packs for member, fingerprint in pack.fingerprints.items()}
     if before is not None and {f for watch in before.watches for f in watch.fingerprints} == {*by_member.values()}:
-        for watch in before.watches:
-            watch.take()
         return before.watches
     return watches(by_member.values())
 
@@ -158,21 +181,42 @@ class PackedCall:
 
     def tensors(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The packed tensors for these inputs of the graph, true to them and joined to them for autograd."""
-        members = self._take(args)
-        identity = tuple(map(id, members))
-        bound = self._bounds.get(identity)
-        if (
-            bound is None
-            or bound.stamp != self._now(members)
-            or not bound.holds(members, AUDIT_SHARE / len(self._bounds))
-        ):
-            bound = self._bounds[identity] = self._bind(identity, members)
+        with self._reading(self._take(args)) as tensors:
+            return tensors
+
+    @contextmanager
+    def _reading(self, members: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+        """The packed tensors of these members; nobody writes there until the block ends."""
+        call = object()
+        bound = self._bound(members, call)
+        try:
+            yield self._tensors(bound, members)
+        finally:
+            bound.running.discard(call)
+
+    def _tensors(self, bound: _Bound, members: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
             return tuple(
                 self._with_gradient(pack, [members[place] for place in places])
                 for pack, places in zip(bound.packs, self._places, strict=True)
             )
         return bound.tensors
+
+    def _bound(self, members: tuple[Tensor, ...], call: object) -> _Bound:
+        """The packs of these members, true to them; ``call`` reads them from now on."""
+        identity = tuple(map(id, members))
+        bound = self._bounds.get(identity)
+        if bound is not None:
+            bound.running.add(call)  # before the look: from then on nobody writes there
+            if bound.stamp == self._now(members) and bound.holds(members, AUDIT_SHARE / len(self._bounds)):
+                return bound
+            bound.running.discard(call)
+        with _TURN.lock:
+            latest = self._bounds.get(identity)
+            if latest is None or latest is bound or latest.stamp != self._now(members):
+                latest = self._bounds[identity] = self._bind(identity, members)
+            latest.running.add(call)
+        return latest
 
     def _now(self, members: Sequence[Tensor]) -> Stamp:
         return stamp(members if self._plain else plain(members))
@@ -187,20 +231,24 @@ class PackedCall:
 
     def _bind(self, identity: tuple[int, ...], members: tuple[Tensor, ...]) -> _Bound:
         self._plain = self._plain and not any(map(is_quantized, members))
-        packs = tuple(
-            _pack(recipe, [members[place] for place in places], self._weights)
-            for recipe, places in zip(self._recipes, self._places, strict=True)
-        )
+        before = self._bounds.get(identity)
         with plain_tensors(members[0].device):
-            looks = _watches(packs, self._bounds.get(identity))
+            for watch in before.watches if before is not None else ():
+                watch.take()
+            own = [[members[place] for place in places] for places in self._places]
+            packs = tuple(_pack(*each, self._weights) for each in zip(self._recipes, own, strict=True))
+            looks = _watches(packs, before)
+        now = self._now(members)  # a weight that has changed since its pack was made leaves no stamp that holds
+        true = all(pack.holds(its) for pack, its in zip(packs, own, strict=True))
         bounds = self._bounds
         alive = tuple(weakref.ref(_life(member), lambda _: bounds.pop(identity, None)) for member in members)
         tensors = tuple(pack.tensor for pack in packs)
-        bound = _Bound(packs, tensors, self._now(members), looks, Audit(packs, self._places), alive)
+        bound = _Bound(packs, tensors, now if true else None, looks, Audit(packs, self._places), alive)
         for pack in packs:
             pack.serve(bound)
         return bound
 
     def __call__(self, *args: Tensor) -> object:
         assert self.compiled is not None
-        return self.compiled(*args, *self.tensors(args))
+        with self._reading(self._take(args)) as tensors:
+            return self.compiled(*args, *tensors)

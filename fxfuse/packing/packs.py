@@ -61,9 +61,10 @@ def _version_if_any(member: Tensor) -> int:
 
 
 class Bound(Protocol):
-    """Whoever uses packs, as long as its stamp is that of their members."""
+    """Whoever uses packs, as long as its stamp is that of their members; ``running`` are its calls that do now."""
 
     stamp: Stamp | None
+    running: set[object]
 
 
 @contextmanager
@@ -79,8 +80,8 @@ class Pack:
     """A packed tensor and the weights that it is made of.
 
     Attributes:
-        tensor: the packed values; always the same memory, as long as the members keep their dtypes and devices. Under
-            ``"share"`` it moves when a member leaves it.
+        tensor: the packed values; always the same memory, as long as the members keep their dtypes and devices and
+            nobody reads it while they change. Under ``"share"`` it moves when a member leaves it.
         ids: the identities of the members.
         fingerprints: of the tensors whose values it holds once more, by their identities: its members, and what
             quantized ones are made of.
@@ -95,6 +96,7 @@ class Pack:
         self._make(members)
 
     def _make(self, members: Sequence[Tensor]) -> None:
+        seen = _seen(members)
         with plain_tensors(self._device):
             made = [part.compute(members).detach() for part in self.recipe.parts]
             self._sizes = [part.shape[self.recipe.dim] if part.dim() else 1 for part in made]
@@ -103,7 +105,8 @@ class Pack:
             self.tensor = self._strategy.gather(made, owners, self.recipe.dim)
             self._regions = self._strategy.regions(self.tensor, self._sizes, self.recipe.dim)
         mark_static_address(self.tensor)
-        self._settle(members)
+        self._settle(members, seen)
+        self._look(members)
 
     def sync(self, members: Sequence[Tensor]) -> None:
         """Take over what changed in the members since the last time."""
@@ -113,10 +116,14 @@ class Pack:
             with same_version(self.tensor):  # those of the members stayed as well
                 self._repack(members)
 
+    def holds(self, members: Sequence[Tensor]) -> bool:
+        """Whether the members are where they were, and as new, when this was made of them."""
+        return self._stamped == stamp(plain(members))
+
     def expire(self) -> None:
         """Let the next call pack anew."""
         self._stamped: Stamp | None = None
-        for bound in self._bounds:
+        for bound in list(self._bounds):
             bound.stamp = None
 
     def right(self, index: int, members: Sequence[Tensor]) -> bool:
@@ -132,31 +139,34 @@ class Pack:
         self._bounds.add(bound)
 
     def _repack(self, members: Sequence[Tensor]) -> None:
-        """Compute the packed values anew, in place where nobody else may hold that memory."""
+        """Compute the packed values anew, in place where nobody else may hold that memory or reads it."""
+        self.expire()  # before the question who is reading: whoever begins after it looks again
         stale = [
             (part, region)
             for part, region in zip(self.recipe.parts, self._regions, strict=True)
             if not self._shares(part, region, members)
         ]
-        if self._strategy.moves and any(part.member is not None for part, _ in stale):
+        reading = any(bound.running for bound in list(self._bounds))
+        if reading or (self._strategy.moves and any(part.member is not None for part, _ in stale)):
             self._make(members)
             return
+        seen = _seen(members)
+        self._look(members)
         with plain_tensors(self._device):
             for part, region in stale:
                 self._strategy.write(region, part.compute(members))
-        self._settle(members)
+        self._settle(members, seen)
 
     def _shares(self, part: Part, region: Tensor, members: Sequence[Tensor]) -> bool:
         return part.member is not None and self._strategy.shares(members[part.member], region)
 
-    def _settle(self, members: Sequence[Tensor]) -> None:
+    def _settle(self, members: Sequence[Tensor], seen: tuple[Stamp, Sequence[Tensor]]) -> None:
         for part, region in zip(self.recipe.parts, self._regions, strict=True):
             if part.member is not None and not self._shares(part, region, members):
                 self._strategy.adopt(members[part.member], region)
         self.expire()
-        self._stamped = stamp(plain(members))
-        self._memory = [held.detach() for held in plain(members)]  # so that no other tensor can come to lie there
-        self._look(members)
+        # The memory is held so that no other tensor can come to lie there.
+        self._stamped, self._memory = _seen(members) if self._strategy.moves else seen
 
     def _look(self, members: Sequence[Tensor]) -> None:
         """Take the fingerprints of the members that were copied."""
@@ -196,6 +206,15 @@ class Pack:
                 if grad is not None:
                     found[index] = _plus(found[index], grad)
         return found
+
+
+def _seen(members: Sequence[Tensor]) -> tuple[Stamp, Sequence[Tensor]]:
+    """The stamp of the members, and the memory that it speaks of, even if another thread is changing them."""
+    while True:
+        before = stamp(plain(members))
+        memory = [held.detach() for held in plain(members)]
+        if stamp(plain(members)) == before:
+            return before, memory
 
 
 def _plus(sum_: Tensor | None, more: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The central property in one long run: random models, plans and weight updates, and no mismatch among thousands.
 
-    python -m tests.soak --models 20000             # on all cores; prints how far it is
-    python -m tests.soak --models 100 --seed 7
+    python -m tests.soak.models --models 20000      # on all cores; prints how far it is
+    python -m tests.soak.models --models 100 --seed 7
 
 A model is drawn with edits in place, hooks, dialects and shared norms; a plan with drops, groups and private sequences;
 options; the road to its graph, ``torch.compile`` for one in four and the much faster ``make_fx`` for the others; and

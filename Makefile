@@ -3,7 +3,7 @@
 #   make test                  the whole suite
 #   make test-fast             under two minutes: graphs, passes and plans, but nothing that is marked slow
 #   make test-pythons          test-fast under each of Python 3.11, 3.12 and 3.13 that is installed
-#   make soak                  20,000 random models, plans and weight updates against the reference; takes hours
+#   make soak                  ten minutes of compiled models whose weights, plans, caches and threads change
 #   make mutants               breaks the library in known ways and sees the tests go red
 #   make zoo                   every architecture of transformers against plain references: writes docs/architectures.md
 #   make demo                  SmolLM2-135M recorded, planned, healed, judged and timed: twenty-five minutes, files in demo/

@@ -164,7 +164,6 @@ class Pack:
         for part, region in zip(self.recipe.parts, self._regions, strict=True):
             if part.member is not None and not self._shares(part, region, members):
                 self._strategy.adopt(members[part.member], region)
-        self.expire()
         # The memory is held so that no other tensor can come to lie there.
         self._stamped, self._memory = _seen(members) if self._strategy.moves else seen
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -505,6 +505,26 @@ class TestMemory:
         assert sum(held.values()) == total
         # What is packed and is no weight itself: the sum of the down projections' biases.
         assert sum((found | held).values()) == total + 8 * 8
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_what_a_call_is_reading_stays_though_another_packs_new_weights_meanwhile(self, mode: str) -> None:
+        model, held = Tower(2), list[tuple[Tensor, Tensor]]()
+
+        def inner(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., object]:
+            def call(*args: Tensor) -> object:
+                if not held:
+                    held.extend((arg, arg.clone()) for arg in args if not isinstance(arg, nn.Parameter))
+                    model.layers[0].mlp.gate.weight.data = torch.ones_like(model.layers[0].mlp.gate.weight)
+                    assert_exact([run(made, vectors())], [model.parallel(vectors())])
+                return gm.forward(*args)
+
+            return call
+
+        made = fused(model, mode, inner)
+        run(made, vectors())
+        assert len(held) > 1
+        assert all(torch.equal(now, before) for now, before in held)
+        assert_exact([run(made, vectors())], [model.parallel(vectors())])
 
     @pytest.mark.parametrize("mode", MODES)
     def test_names_shapes_and_values_of_the_weights_stay(self, mode: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ import fxfuse
 from fxfuse import Plan
 from fxfuse.packing import calls as weights
 from fxfuse.packing import packs as packed
+from fxfuse.packing.recipe import Part, Recipe
 from tests.models.checks import assert_exact
 from tests.models.tiny import Tower, vectors
 from tests.packing.test_calls import MODES, Tied, assert_same_gradients, fused, packs, run
@@ -513,3 +514,19 @@ def test_any_sequence_of_writes_is_followed(writes: list[Any], mode: str) -> Non
             assert_same_gradients(model, lambda x=x: made(x), lambda x=x: model.parallel(x))
         else:
             assert_exact([run(made, x)], [run(model.parallel, x)], 1e-8)
+
+
+def test_a_weight_that_changes_while_it_is_packed_is_packed_again() -> None:
+    weight, later = nn.Parameter(torch.ones(2, 3)), torch.full((2, 3), 2.0)
+
+    def compute(members: Sequence[Tensor]) -> Tensor:
+        made = 3.0 * members[0]
+        weight.data = later  # as another thread may do
+        return made
+
+    pack = packed.Pack(Recipe("a weight", (0,), (Part(compute, None, (0,)),), 0, "tripled"), [weight], "copy")
+    assert not pack.holds([weight])
+
+    pack.sync([weight])
+    assert pack.holds([weight])
+    assert torch.equal(pack.tensor, 3 * later)

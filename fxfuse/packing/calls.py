@@ -13,7 +13,8 @@ whole with what it should be (:class:`fxfuse.packing.packs.Audit`).
 
 Threads may call one graph while another thread changes weights: each call reads packs of the old weights or of the new
 ones. A pack is written in place only where nobody is reading it, and moves to other memory else; what it is made from
-is noted before it is made, so that a weight that changes meanwhile shows in the next call.
+is noted before it is made, so that a weight that changes meanwhile shows in the next call. (On GPUs a call is over when
+its kernels are queued: threads that use streams of their own have to order them with updates themselves.)
 
 No weak reference points to a parameter: ``torch.utils.swap_tensors`` would refuse it.
 """

@@ -257,6 +257,23 @@ def adapt(life: Life) -> None:
                 layer.scaling["default"] = life.chance.uniform(-1, 1)
 
 
+@torch.no_grad()
+def serve(life: Life) -> None:
+    """Many calls, a weight changed before each: in the end they hold no more tensors than after the first few."""
+    ids, weight = life.ids(), life.model.model.layers[0].mlp.up_proj.weight
+
+    def held(rounds: int) -> int:
+        for _ in range(rounds):
+            weight.data.neg_()
+            life.compiled(ids, use_cache=False)
+        gc.collect()
+        return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+    first = held(6)
+    if (more := held(40) - first) > 0:
+        raise MismatchError(f"it holds {more} tensors more after 40 calls")
+
+
 def fork(life: Life) -> None:
     """A child that was forked calls the model after it has changed a weight of its own."""
     child = os.fork()
@@ -306,6 +323,7 @@ DEEDS: Mapping[Callable[[Life], None], float] = {
     train: 2,
     adapt: 2,
     fail: 1,
+    serve: 1,
     fork: 0.5,
     spawn: 0.1,
 }

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -282,6 +283,7 @@ def fork(life: Life) -> None:
             life.model.model.layers[0].mlp.up_proj.weight.data *= 1.5
             call(life)
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
         os._exit(0)
     if os.waitpid(child, 0)[1]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.soak import lives
+from tests.soak import lives, run
 from tests.soak.lives import Life, MismatchError
 
 ROOT = Path(__file__).parents[2]
@@ -44,3 +44,16 @@ def test_a_mixture_of_old_and_new_weights_is_noticed() -> None:
     life.check(new, old, new)
     with pytest.raises(MismatchError):
         life.check(torch.stack([old[0], new[0]]), old, new)
+
+
+def test_what_a_life_leaves_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Life] = []
+
+    def lived(seed: int) -> Life:
+        kept.append(Life(seed))
+        return kept[-1]
+
+    monkeypatch.setattr(lives, "lived", lived)
+
+    assert "left" in run.one(1).wrong
+    assert "LlamaForCausalLM" in run.one(1).wrong

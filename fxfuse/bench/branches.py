@@ -28,7 +28,7 @@ from fxfuse.bench.parts import Cutter, Part
 from fxfuse.bench.prefill_decode import SAMPLE, Program, decode_step, filled_cache
 from fxfuse.bench.timing import Samples, clock_of, interleave
 from fxfuse.data.batches import cache_keyword, eval_mode
-from fxfuse.errors import CaptureError, OptionError, PlanError, PruneError
+from fxfuse.errors import CaptureError, OptionError, PruneError
 from fxfuse.model.pruning import prune
 from fxfuse.plan import Plan
 from fxfuse.stream.branch import Branch
@@ -130,7 +130,7 @@ def time_branches(
         kinds = _kinds(cutter, [branch for stream in cutter.streams for branch in stream.branches])
         if not kinds:
             raise CaptureError("no residual stream was found, so no branch can be timed; fxfuse.explain says what is")
-        maps = _linear(kinds, copies)
+        maps = Cutter(copies, linear=True)
         wanted = _wanted(cutter, kinds, maps, max_group)
         calls = _calls(wanted, inner, progress)
         calls[WHOLE] = _whole(own, Plan(), ids, phase, inner)
@@ -164,17 +164,17 @@ def _kinds(cutter: Cutter, branches: Sequence[Branch]) -> list[list[Branch]]:
 
 
 def _wanted(
-    cutter: Cutter, kinds: Sequence[Sequence[Branch]], maps: Cutter | None, max_group: int
+    cutter: Cutter, kinds: Sequence[Sequence[Branch]], maps: Cutter, max_group: int
 ) -> dict[str, tuple[Cutter, list[Part]]]:
     """The parts that are timed, by name: those of one name compute the same."""
     wanted: dict[str, tuple[Cutter, list[Part]]] = {}
-    linear = {} if maps is None else _by_name(maps)
+    linear = _by_name(maps)
     for kind, branches in enumerate(kinds):
         wanted[_name(kind, 1)] = cutter, [cutter.part([branch]) for branch in branches]
         for size in _sizes(branches, max_group):
             wanted[_name(kind, size)] = cutter, [cutter.part(group) for group in _groups(cutter, branches, size)]
-        if maps is not None and branches[0].kind == "attention":
-            wanted[_name(kind, 0)] = maps, [maps.part([linear[branch.name]]) for branch in branches]
+        if made := [maps.part([linear[branch.name]]) for branch in branches if branch.name in maps.linear]:
+            wanted[_name(kind, 0)] = maps, made
     wanted[AGAIN] = wanted[_name(0, 1)]
     return {name: (graph, [p for p in parts if p.key == parts[0].key]) for name, (graph, parts) in wanted.items()}
 
@@ -193,15 +193,6 @@ def _calls(
             calls[name] = _call(parts, [[values[node] for node in part.sources] for part in parts], inner)
             advance(1)
     return calls
-
-
-def _linear(kinds: Sequence[Sequence[Branch]], copies: Captured) -> Cutter | None:
-    """The graph with linear maps in the place of all attentions; None if there are none, or one cannot be told."""
-    attentions = [branch.name for branches in kinds for branch in branches if branch.kind == "attention"]
-    try:
-        return Cutter(copies, attentions) if attentions else None
-    except PlanError:  # a matter of how attention is written, which is the same in all layers
-        return None
 
 
 def _sizes(branches: Sequence[Branch], max_group: int) -> range:
@@ -280,13 +271,13 @@ def _by_name(cutter: Cutter) -> dict[str, Branch]:
 def _result(
     cutter: Cutter,
     kinds: Sequence[Sequence[Branch]],
-    maps: Cutter | None,
+    maps: Cutter,
     samples: Samples,
     counts: Mapping[str, int],
     fewer: Mapping[int, int],
 ) -> BranchTimes:
     """``counts`` says how many parts one call of a name computes, ``fewer`` how many of a kind one did without."""
-    linear = {} if maps is None else _by_name(maps)
+    linear = _by_name(maps)
     found: dict[str, BranchTime] = {}
 
     def seconds(name: str) -> float:
@@ -298,17 +289,17 @@ def _result(
         return (1 - samples.ratio(_fewer(kind), WHOLE)) * samples.median(WHOLE) / fewer[kind]
 
     for kind, branches in enumerate(kinds):
-        has_map = _name(kind, 0) in counts
         sizes = [size for size in range(2, len(branches) + 1) if _name(kind, size) in counts]
         groups = tuple(seconds(_name(kind, size)) for size in ([1, *sizes] if sizes else []))
         for branch in branches:
+            has_map = branch.name in maps.linear
             found[branch.name] = BranchTime(
                 name=branch.name,
                 seconds=in_model(kind),
                 linear=seconds(_name(kind, 0)) if has_map else None,
                 groups=groups,
                 parameters=cutter.parameter_bytes(branch),
-                linear_parameters=maps.parameter_bytes(linear[branch.name]) if maps is not None and has_map else 0,
+                linear_parameters=maps.parameter_bytes(linear[branch.name]) if has_map else 0,
                 cache=cutter.cache_bytes(branch),
                 width=0 if branch.ffn is None else branch.ffn.projections[0].width,
                 unit_parameters=cutter.unit_bytes(branch),

@@ -18,7 +18,7 @@ from fxfuse.graph.constant import weight_only
 from fxfuse.graph.order import written_memory
 from fxfuse.graph.rerun import Program
 from fxfuse.graph.values import parameters, shape, value
-from fxfuse.passes.linear import zero_maps
+from fxfuse.passes.linear import linear_places
 from fxfuse.passes.pipeline import edit
 from fxfuse.plan import Plan
 from fxfuse.stream.branch import Branch, Term
@@ -49,16 +49,15 @@ class Cutter:
 
     Args:
         captured: the graph; it is used up.
-        linear: attentions that are made linear maps first; what they hold is no matter.
-
-    Raises:
-        PlanError: an attention cannot be made linear.
+        linear: whether the attentions that can be are made linear maps first; what those hold is no matter.
     """
 
-    def __init__(self, captured: Captured, linear: Sequence[str] = ()) -> None:
+    def __init__(self, captured: Captured, linear: bool = False) -> None:
         self._gm, self._inputs = captured.gm, captured.inputs
-        maps = zero_maps(self._gm, captured.names) if linear else {}
-        edit(self._gm, Plan(linear=tuple(linear)), names=captured.names, strict=True, maps=maps)
+        places = linear_places(self._gm, captured.names) if linear else {}
+        self.linear = frozenset(places)
+        maps = {name: own for name, own in places.items() if own is not None}
+        edit(self._gm, Plan(linear=tuple(places)), names=captured.names, strict=True, maps=maps)
         self.streams: tuple[ResidualStream, ...] = find_streams(self._gm, captured.names)
         self._constant = weight_only(self._gm, parameters(self._gm, captured.names))
         self._order = {node: index for index, node in enumerate(self._gm.graph.nodes)}

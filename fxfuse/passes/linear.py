@@ -199,17 +199,16 @@ def output_maps(gm: fx.GraphModule, names: Collection[str]) -> tuple[dict[str, O
     return maps, branch_names(streams)
 
 
-def zero_maps(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> dict[str, OwnMap]:
-    """Maps of zeros for those attentions whose output projection cannot be one, like that in dtype and device.
+def linear_places(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> dict[str, OwnMap | None]:
+    """Those attentions that can be made linear, with maps of zeros for the output projections that cannot be one.
+
+    A map is like the projection that it takes the place of, in dtype and device.
 
     Args:
-        gm: a graph that has residual streams; it stays as it is.
+        gm: a graph that has residual streams; what it computes stays.
         names: of its weights.
-
-    Raises:
-        PlanError: nobody can tell where one begins and ends.
     """
-    made: dict[str, OwnMap] = {}
+    made: dict[str, OwnMap | None] = {}
     with transaction(gm):
         normalise(gm)
         facts = Facts.of(gm)
@@ -217,22 +216,26 @@ def zero_maps(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> dict[str, Own
             for branch in stream.branches:
                 if branch.kind != "attention":
                     continue
-                ends = attention_ends(branch, stream, facts)
-                known = value(ends.output.weight)
-                if ends.output.fan_in != ends.width and known is not None:
-                    zeros = partial(torch.zeros, dtype=known.dtype, device=known.device)  # the value may be fake
-                    bias = None if ends.output.bias is None else zeros(ends.output.width)
-                    made[branch.name] = OwnMap(zeros(ends.output.width, ends.width), bias)
+                try:
+                    made[branch.name] = _zeros(branch, attention_ends(branch, stream, facts), facts)
+                except PlanError:
+                    continue
     return made
+
+
+def _zeros(branch: Branch, ends: Ends, facts: Facts) -> OwnMap | None:
+    if ends.output.fan_in == ends.width:
+        return None
+    _product_of(branch, ends, facts)
+    if (known := value(ends.output.weight)) is None:
+        raise PlanError(f"{branch.name!r} cannot be made linear: of what dtype its projection is is not known")
+    zeros = partial(torch.zeros, dtype=known.dtype, device=known.device)  # the value may be fake
+    return OwnMap(zeros(ends.output.width, ends.width), None if ends.output.bias is None else zeros(ends.output.width))
 
 
 def _with_own(graph: Canonical, branch: Branch, ends: Ends, facts: Facts, own: OwnMap) -> Ends:
     """The branch with a map of its own as its last projection, which still reads what that one read."""
-    last, number = _with_bias(ends, facts), len(dict(graph.gm.named_buffers()))
-    if not same_shape(last, ends.product):
-        raise PlanError(f"{branch.name!r} cannot be made linear: the bias of its projection is added in another shape")
-    if not any(same_rows(node, ends.source) for node in (*ends.read, ends.input)):
-        raise PlanError(f"{branch.name!r} cannot be made linear: it flattens what it reads, and the map would not fit")
+    last, number = _product_of(branch, ends, facts), len(dict(graph.gm.named_buffers()))
     given: list[fx.Node] = []
     for name, tensor in (("weight", own.weight), ("bias", own.bias)):
         if tensor is not None:
@@ -242,6 +245,20 @@ def _with_own(graph: Canonical, branch: Branch, ends: Ends, facts: Facts, own: O
                 given.append(graph.graph.get_attr(held))
     last.op, last.target, last.args, last.kwargs = "call_function", F.linear, (ends.source, *given), {}
     return replace(ends, product=last)
+
+
+def _product_of(branch: Branch, ends: Ends, facts: Facts) -> fx.Node:
+    """The node whose place a map of the branch's own takes.
+
+    Raises:
+        PlanError: the map would not fit there.
+    """
+    last = _with_bias(ends, facts)
+    if not same_shape(last, ends.product):
+        raise PlanError(f"{branch.name!r} cannot be made linear: the bias of its projection is added in another shape")
+    if not any(same_rows(node, ends.source) for node in (*ends.read, ends.input)):
+        raise PlanError(f"{branch.name!r} cannot be made linear: it flattens what it reads, and the map would not fit")
+    return last
 
 
 def _with_bias(ends: Ends, facts: Facts) -> fx.Node:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fxfuse import Plan
 from fxfuse.bench import branches as module
@@ -17,6 +18,19 @@ from tests.models.checks import assert_exact
 from tests.models.tiny import llama, planned, tokens
 from tests.planning.costs import costs_of
 from tests.planning.recordings import recording
+
+
+class Gated(nn.Module):
+    """A norm times what is projected of it: no linear map comes after one."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.gate = nn.Linear(32, 32, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x)
+        return normed * torch.sigmoid(self.gate(normed))
 
 
 class TestSavings:
@@ -93,6 +107,14 @@ class TestMeasured:
             own = costs[f"model.layers.{layer}.self_attn"]
             assert own.linear is not None and own.linear > 0
             assert own.linear_parameters == (32 * 32 + norm.numel()) * 4
+
+    def test_an_attention_that_cannot_be_linear_takes_no_map_from_the_others(self) -> None:
+        model = llama(3)
+        model.model.layers[1].input_layernorm = Gated(model.model.layers[1].input_layernorm)
+        costs = measure_costs(model, tokens(2, 8), max_group=1, inner="eager", repeats=1)
+        maps = [costs[f"model.layers.{layer}.self_attn"].linear for layer in range(3)]
+        assert maps[1] is None
+        assert maps[0] is not None and maps[0] == maps[2] > 0
 
     def test_branches_of_one_shape_are_measured_once(self, costs: Costs) -> None:
         assert len({branch.seconds for branch in costs.branches}) == 2

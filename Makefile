@@ -6,7 +6,7 @@
 #   make soak                  ten minutes of compiled models whose weights, plans, caches and threads change
 #   make mutants               breaks the library in known ways and sees the tests go red
 #   make zoo                   every architecture of transformers against plain references: writes docs/architectures.md
-#   make demo                  SmolLM2-135M recorded, planned, healed, judged and timed: twenty-five minutes, files in demo/
+#   make demo                  SmolLM2-135M recorded, planned, healed, judged and timed: fifteen minutes, files in demo/
 #   make gpu                   the Triton kernels on the GPU that is here: proved, measured and tuned, in 8 minutes
 #   make gpu ARGS=--rehearse   the same code on tiny shapes, without a GPU
 #   make gpu-wheels            collects in wheels/ what a machine without a network lacks for that

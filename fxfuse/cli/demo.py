@@ -47,7 +47,7 @@ Kinds = Mapping[str, Sequence[Batch]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: the defaults take twenty-five minutes for a model of 135M parameters on two cores.
+    """How much of everything: the defaults take fifteen minutes for a model of 135M parameters on two cores.
 
     Attributes:
         length: tokens in a sequence.
@@ -61,14 +61,14 @@ class Sizes:
 
     length: int = 256
     record: int = 1024
-    search: int = 1024
-    heal: int = 12_288
-    own: int = 4096
-    judge: int = 4096
+    search: int = 512
+    heal: int = 8192
+    own: int = 2048
+    judge: int = 3072
     prompt: int = 128
     context: int = 2048
     repeats: int = 21
-    effort: Effort = field(default_factory=lambda: Effort(pool=3, healed=1, patience=1, minutes=4, heal_tokens=4096))
+    effort: Effort = field(default_factory=lambda: Effort(pool=3, healed=1, patience=1, minutes=4, heal_tokens=2560))
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def demo(
     dtype: CastTo = None,
     json: Json = False,
 ) -> None:
-    """The whole way of a model, in twenty-five minutes on two cores, with one table last.
+    """The whole way of a model, in fifteen minutes on two cores, with one table last.
 
     Records it, measures what its branches cost, searches the plan of least KL
     that decodes in --target-latency of the time, heals it, judges it on text

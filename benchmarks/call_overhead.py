@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ import torch
 from fxfuse import Plan
 from fxfuse.bench.timing import Machine, interleave
 from fxfuse.data.loading import load
-from fxfuse.packing.calls import AUDIT_SHARE, PackedCall
+from fxfuse.packing.calls import AUDIT_SHARE, PackedCall, _Bound
 from fxfuse.packing.packs import stamp
 
 BUDGET = 0.003
@@ -32,18 +32,18 @@ BUDGET = 0.003
 def _in_place(step: Callable[[], object], repeats: int = 200) -> float:
     """Median seconds that the checks take within a step."""
     took: list[float] = []
-    original = PackedCall.tensors
+    original = PackedCall._bound
 
-    def timed(self: PackedCall, args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def timed(self: PackedCall, members: tuple[torch.Tensor, ...], call: object) -> _Bound:
         start = time.perf_counter()
-        made = original(self, args)
+        made = original(self, members, call)
         took.append(time.perf_counter() - start)
         return made
 
-    PackedCall.tensors = timed  # type: ignore[method-assign]
+    PackedCall._bound = timed  # type: ignore[method-assign]
     for _ in range(repeats):
         step()
-    PackedCall.tensors = original  # type: ignore[method-assign]
+    PackedCall._bound = original  # type: ignore[method-assign]
     return statistics.median(took)
 
 

@@ -200,7 +200,7 @@ def output_maps(gm: fx.GraphModule, names: Collection[str]) -> tuple[dict[str, O
 
 
 def linear_places(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> dict[str, OwnMap | None]:
-    """Those attentions that can be made linear, with maps of zeros for the output projections that cannot be one.
+    """Those attentions that can be made linear, each with a map of zeros, or None if its output projection can be one.
 
     A map is like the projection that it takes the place of, in dtype and device.
 
@@ -224,9 +224,14 @@ def linear_places(gm: fx.GraphModule, names: Mapping[fx.Node, str]) -> dict[str,
 
 
 def _zeros(branch: Branch, ends: Ends, facts: Facts) -> OwnMap | None:
+    """A map of zeros in the place of the output projection, or None if that can be the map.
+
+    Raises:
+        PlanError: no map fits there.
+    """
     if ends.output.fan_in == ends.width:
         return None
-    _product_of(branch, ends, facts)
+    _product_of(branch, ends, facts)  # for what it refuses
     if (known := value(ends.output.weight)) is None:
         raise PlanError(f"{branch.name!r} cannot be made linear: of what dtype its projection is is not known")
     zeros = partial(torch.zeros, dtype=known.dtype, device=known.device)  # the value may be fake

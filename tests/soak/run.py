@@ -103,7 +103,7 @@ def change_nothing() -> None:
         return lookup_backend(options["inner"])(gm, inputs)
 
     torch._dynamo.config.recompile_limit = 64  # as fxfuse's: otherwise fewer graphs would be compiled
-    mock.patch.multiple(lives, ffnfuse=plain).start()
+    mock.patch.object(lives, "ffnfuse", plain).start()
     mock.patch.object(lives.Life, "check", _count).start()
 
 
